@@ -1,0 +1,171 @@
+"""Writes in place on dual numbers: who shares the memory, and what their tangents become.
+
+All handles whose primals share one memory are registered at its root tensor (torch's ``_base``). After a
+write through one of them the tangents of the others follow. Where a tensor that is not known
+here shares the memory, the write is refused, or the reader notices by the version counter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _assign(x: Tensor, index: Any, value: Any) -> Tensor:
+    """x with x[index] = value: the functional form of ``__setitem__``."""
+    raise NotImplementedError  # only ever called through its rule
+
+
+def _overwrite(x: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
+    """`value` in the shape and dtype of x: the functional form of ``copy_``."""
+    raise NotImplementedError  # only ever called through its rule
+
+
+def _forget(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """x filled with constants: the functional form of ``zero_`` and of random fills."""
+    raise NotImplementedError  # only ever called through its rule
+
+
+def _fill(x: Tensor, value: Any) -> Tensor:
+    """x filled with a number or a 0-dimensional tensor: the functional form of ``fill_``."""
+    raise NotImplementedError  # only ever called through its rule
+
+
+FORMS: dict[str, Callable[..., Any]] = {
+    "__setitem__": _assign,
+    "copy_": _overwrite,
+    "fill_": _fill,
+    "squeeze_": Tensor.squeeze,
+    **dict.fromkeys(
+        ("zero_", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_"),
+        _forget,
+    ),
+}
+# These change what the tensor is, not what it holds; nothing sensible can be said of their tangents.
+_REFUSED = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "swapaxes_"}
+
+
+@cache
+def functional_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The functional form of a function that writes to its first argument; None for other functions."""
+    name = getattr(func, "__name__", "")
+    if name in FORMS:
+        return FORMS[name]
+    if not name.endswith("_") or name.startswith("_") or name in ("requires_grad_", "share_memory_"):
+        return None
+    if name not in _REFUSED:
+        for room in (Tensor, torch, F):
+            if hasattr(room, name) and hasattr(room, name[:-1]):
+                return getattr(room, name[:-1])  # type: ignore[no-any-return]
+    raise NotImplementedError(
+        f"{name}: a write in place without a functional form cannot carry a tangent; "
+        f"use {name[:-1]} and assign its result."
+    )
+
+
+def version(tensor: Tensor) -> int:
+    """The counter of writes in place to the memory of `tensor` (0 where torch keeps none)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def register(root: Tensor, handle: Any) -> None:
+    """Remember that `handle` reads the memory of `root`."""
+    sharers = getattr(root, "sharers", None)
+    if sharers is None:
+        root.sharers = [weakref.ref(handle)]  # type: ignore[attr-defined]
+    else:
+        sharers.append(weakref.ref(handle))
+
+
+def _sharers(root: Tensor) -> list[Any]:
+    return [h for ref in getattr(root, "sharers", ()) if (h := ref()) is not None]
+
+
+def check(
+    target: Tensor, primal: Tensor, dual: type, name: str, where: Callable[[], str]
+) -> None:
+    """Refuse, before anything is written, what could not be followed."""
+    if 0 in primal.stride() and any(
+        s == 0 and n > 1 for s, n in zip(primal.stride(), primal.shape, strict=True)
+    ):
+        raise RuntimeError(f"{name} in {where()} writes to an expanded tensor; clone it first.")
+    root = primal if primal._base is None else primal._base
+    if type(target) is dual or type(root) is dual or getattr(root, "sharers", None):
+        return
+    # A plain tensor takes a tangent. Its holders: itself, the base of a view, and the storage
+    # object asked here. Any other holder would keep reading it as a constant.
+    storage = primal.untyped_storage()
+    known = 2 + (root is not primal)
+    if torch._C._storage_Use_Count(storage._cdata) > known:
+        raise RuntimeError(
+            f"{name} in {where()} writes a tensor with a tangent into memory that another plain "
+            "tensor shares, which would not see the tangent. Clone the target before it is shared."
+        )
+
+
+def commit(
+    target: Any, primal: Tensor, tangents: Sequence[Tensor | None], dual: type, pass_: Any
+) -> None:
+    """After the write: give `target` its tangents, and its sharers what became of theirs."""
+    root = primal if primal._base is None else primal._base
+    if type(target) is not dual:
+        if all(t is None for t in tangents) and not _sharers(root):
+            return  # constants were written to a constant
+        for plain in [root, target] if root is not target else [target]:
+            if type(plain) is not dual and not (plain is root and hasattr(root, "sharers")):
+                _upgrade(plain, dual, root, pass_)
+    target.tangents = tuple(tangents)
+    for handle in _sharers(root):
+        if handle is not target and handle.owner is pass_:
+            handle.tangents = tuple(
+                _follow(root, primal, handle.primal, new, old)
+                for new, old in zip(tangents, handle.tangents, strict=True)
+            )
+        handle.version = version(handle.primal)
+
+
+def _upgrade(plain: Tensor, dual: type, root: Tensor, pass_: Any) -> None:
+    """Turn the tensor object that the caller holds into a dual number with no tangent yet."""
+    alias = plain.as_subclass(Tensor)
+    plain.__class__ = dual  # type: ignore[assignment]
+    plain.primal = alias  # type: ignore[attr-defined]
+    plain.tangents = (None,) * pass_.k  # type: ignore[attr-defined]
+    plain.owner = pass_  # type: ignore[attr-defined]
+    plain.version = alias._version  # type: ignore[attr-defined]
+    register(root, plain)
+
+
+def _follow(
+    root: Tensor, written: Tensor, reader: Tensor, new: Tensor | None, old: Tensor | None
+) -> Tensor | None:
+    """The tangent of `reader` after `written`, of the same memory, took the tangent `new`."""
+    if new is None and old is None:
+        return None
+    start = min(written.storage_offset(), reader.storage_offset())
+    stop = max(_end(written), _end(reader))
+    memory = torch.zeros(stop - start, dtype=root.dtype, device=root.device)
+
+    def region(t: Tensor) -> Tensor:
+        return memory.as_strided(t.shape, t.stride(), t.storage_offset() - start)
+
+    if old is not None:
+        region(reader).copy_(old)
+    if new is not None:
+        region(written).copy_(new)
+    else:
+        region(written).zero_()
+    return region(reader).clone()
+
+
+def _end(t: Tensor) -> int:
+    if t.numel() == 0:
+        return t.storage_offset()
+    return 1 + t.storage_offset() + sum(
+        (n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)
+    )

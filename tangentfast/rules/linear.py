@@ -1,0 +1,184 @@
+"""Products: linear layers, matrix products, convolutions, einsum, embeddings.
+
+Each is linear in every one of its tensors, so the tangent is the sum over the tensors of the function
+with that tensor replaced by its tangent (the product rule); nothing else is to be derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tangentfast.rules.registry import RULES, Inexact, Jvp, add, functions, rule
+
+
+def _accumulate(total: Tensor | None, term: Tensor) -> Tensor:
+    """total + term, into `total`, which nobody else holds."""
+    return term if total is None else total.add_(term)
+
+
+def _product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    """sum_i f(tensors with the i-th replaced by its tangent), the sum accumulated in one buffer."""
+    total = None
+    for i, tangent in enumerate(tangents):
+        if tangent is not None:
+            total = _accumulate(total, f(*tensors[:i], tangent, *tensors[i + 1 :]))
+    return total
+
+
+def _bilinear(function: Callable[..., Any]) -> None:
+    @rule(function)
+    def product(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
+        def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
+            return _product_rule(function, (input, other), (dx, dother))  # type: ignore[no-any-return]
+
+        return function(input, other), jvp
+
+
+for _function in functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "vdot",
+                           "inner", "outer", "ger", "kron"):  # fmt: skip
+    _bilinear(_function)
+
+
+@rule("linear")
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Jvp]:
+    y = F.linear(input, weight, bias)
+
+    def jvp(dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> Tensor | None:
+        if dx is None and dweight is None:
+            return dbias
+        if dx is None:
+            return F.linear(input, dweight, dbias)  # type: ignore[arg-type]
+        dy = F.linear(dx, weight, dbias)
+        if dweight is None:
+            return dy
+        if dy.dtype != input.dtype or dy.dtype != dweight.dtype:  # autocast
+            return dy.add_(F.linear(input, dweight))
+        rows = dy.view(-1, dy.shape[-1])
+        rows.addmm_(input.reshape(-1, input.shape[-1]), dweight.t())  # into dy: no second buffer
+        return dy
+
+    return y, jvp
+
+
+@rule("bilinear")
+def bilinear(
+    input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Jvp]:
+    def jvp(da: Any, db: Any, dweight: Any, dbias: Any) -> Any:
+        return add(_product_rule(F.bilinear, (input1, input2, weight), (da, db, dweight)), dbias)
+
+    return F.bilinear(input1, input2, weight, bias), jvp
+
+
+def _added(function: Callable[..., Any], product: Callable[..., Any]) -> None:
+    @rule(function)
+    def added(
+        input: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
+    ) -> tuple[Tensor, Jvp]:
+        def jvp(dinput: Any, da: Any, db: Any, *_: None) -> Any:
+            dy = _product_rule(product, (a, b), (da, db))
+            dy = dy if dy is None or alpha == 1 else alpha * dy
+            return add(dy, dinput if dinput is None or beta == 1 else beta * dinput)
+
+        return function(input, a, b, beta=beta, alpha=alpha), jvp
+
+
+def _added_product(name: str, product: Callable[..., Any], parameters: str) -> None:
+    """beta * input + alpha * product(a, b): addmm and its kin."""
+    for function in functions(name):
+
+        _added(function, product)
+        RULES[function].parameters = (*parameters.split(), "beta", "alpha")
+
+
+_added_product("addmm", torch.mm, "input mat1 mat2")
+_added_product("addmv", torch.mv, "input mat vec")
+_added_product("addr", torch.outer, "input vec1 vec2")
+_added_product("baddbmm", torch.bmm, "input batch1 batch2")
+_added_product("addbmm", lambda a, b: torch.bmm(a, b).sum(0), "input batch1 batch2")
+
+
+@rule("einsum")
+def einsum(equation: Any, *operands: Any) -> tuple[Tensor, Jvp]:
+    tensors = operands[0] if isinstance(operands[0], (tuple, list)) else operands
+
+    def jvp(_: None, *tangents: Any) -> Any:
+        rows = tangents[0] if isinstance(tangents[0], list) else tangents
+        return _product_rule(lambda *ts: torch.einsum(equation, *ts), tensors, rows)
+
+    return torch.einsum(equation, *tensors), jvp
+
+
+@rule("tensordot")
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> tuple[Tensor, Jvp]:
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.tensordot(x, y, dims)
+
+    return product(a, b), lambda da, db, _: _product_rule(product, (a, b), (da, db))
+
+
+def _convolution(function: Callable[..., Any], transposed: bool) -> None:
+    def convolve(function: Callable[..., Any], x: Any, w: Any, b: Any, options: Any) -> Any:
+        def product(x: Tensor, w: Tensor) -> Tensor:
+            return function(x, w, None, *options)
+
+        def jvp(dx: Any, dw: Any, db: Any, *_: None) -> Any:
+            if db is not None and dw is not None:  # the bias costs no pass of its own
+                return _accumulate(function(x, dw, db, *options), product(dx, w)) if (
+                    dx is not None
+                ) else function(x, dw, db, *options)
+            dy = _product_rule(product, (x, w), (dx, dw))
+            channels = None if db is None else db.view(-1, *[1] * (w.dim() - 2))
+            return add(dy, channels)
+
+        return function(x, w, b, *options), jvp
+
+    if transposed:
+
+        @rule(function)
+        def conv_transpose(
+            input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+            padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+        ) -> tuple[Tensor, Jvp]:  # fmt: skip
+            options = (stride, padding, output_padding, groups, dilation)
+            return convolve(function, input, weight, bias, options)  # type: ignore[no-any-return]
+    else:
+
+        @rule(function)
+        def conv(
+            input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+            padding: Any = 0, dilation: Any = 1, groups: int = 1,
+        ) -> tuple[Tensor, Jvp]:  # fmt: skip
+            options = (stride, padding, dilation, groups)
+            return convolve(function, input, weight, bias, options)  # type: ignore[no-any-return]
+
+
+for _function in functions("conv1d", "conv2d", "conv3d"):
+    _convolution(_function, transposed=False)
+for _function in functions("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    _convolution(_function, transposed=True)
+
+
+@rule(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, Jvp]:
+    if max_norm is not None:
+        raise Inexact("max_norm rewrites the weight in place; unset max_norm.")
+    if scale_grad_by_freq:
+        raise Inexact(
+            "scale_grad_by_freq has a backward that is not its derivative; unset it."
+        )
+    y = F.embedding(input, weight, padding_idx, sparse=sparse)
+    return y, lambda _, dweight, *__: F.embedding(input, dweight)

@@ -1,0 +1,224 @@
+"""Reductions, softmax, and selections by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tangentfast.rules.registry import Jvp, functions, rule
+
+aten = torch.ops.aten
+
+
+def _softmax(function: Callable[..., Any]) -> None:
+    """The Jacobian diag(y) - y yᵀ is symmetric: torch's backward kernel is the JVP."""
+
+    def softmax(
+        input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Jvp] | None:
+        if dim is None:
+            return None
+        y = function(input, dim=dim, dtype=dtype)
+        return y, lambda dx, *_: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
+
+    if function is F.softmax:
+
+        @rule(function)
+        def functional(
+            input: Tensor,
+            dim: int | None = None,
+            _stacklevel: int = 3,
+            dtype: torch.dtype | None = None,
+        ) -> tuple[Tensor, Jvp] | None:
+            return softmax(input, dim, dtype)
+    else:
+        rule(function)(softmax)
+
+
+for _function in functions("softmax"):
+    _softmax(_function)
+
+
+def _log_softmax(function: Callable[..., Any]) -> None:
+    def log_softmax(
+        input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Jvp] | None:
+        if dim is None:
+            return None
+        y = function(input, dim=dim, dtype=dtype)
+
+        def jvp(dx: Tensor, *_: None) -> Tensor:
+            dx = dx.to(y.dtype)
+            return dx - (dx * y.exp()).sum(dim, keepdim=True)
+
+        return y, jvp
+
+    if function is F.log_softmax:
+
+        @rule(function)
+        def functional(
+            input: Tensor,
+            dim: int | None = None,
+            _stacklevel: int = 3,
+            dtype: torch.dtype | None = None,
+        ) -> tuple[Tensor, Jvp] | None:
+            return log_softmax(input, dim, dtype)
+    else:
+        rule(function)(log_softmax)
+
+
+for _function in functions("log_softmax"):
+    _log_softmax(_function)
+
+
+@rule("logsumexp")
+def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> tuple[Tensor, Jvp]:
+    y = torch.logsumexp(input, dim, keepdim=True)
+
+    def jvp(dx: Tensor, *_: None) -> Tensor:
+        dy = (dx * (input - y).exp()).sum(dim, keepdim=True)
+        return dy if keepdim else dy.squeeze(dim)
+
+    return (y if keepdim else y.squeeze(dim)), jvp
+
+
+def _selected(function: Callable[..., Any]) -> None:
+    """Functions that return (values, indices) of entries of x along dim; indices have no tangent."""
+
+    def pair(y: Any, input: Tensor, dim: int, keepdim: bool) -> tuple[Any, Jvp]:
+        def jvp(dx: Tensor, *_: None) -> list[Tensor | None]:
+            index = y[1] if keepdim else y[1].unsqueeze(dim)
+            dy = torch.gather(dx, dim, index)
+            return [dy if keepdim else dy.squeeze(dim), None]
+
+        return y, jvp
+
+    name = function.__name__
+    if name == "topk":
+
+        @rule(function)
+        def topk(
+            input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+        ) -> tuple[Any, Jvp]:
+            return pair(function(input, k, dim, largest, sorted), input, dim, True)
+    elif name == "sort":
+
+        @rule(function)
+        def sort(input: Tensor, dim: int = -1, descending: bool = False) -> tuple[Any, Jvp]:
+            return pair(function(input, dim, descending), input, dim, True)
+    else:
+
+        @rule(function)
+        def extreme(
+            input: Tensor, dim: Any = None, keepdim: bool = False
+        ) -> tuple[Any, Jvp] | None:
+            if dim is None:
+                y = function(input)
+
+                def share(dx: Tensor, *_: None) -> Tensor:
+                    chosen = (input == y).to(dx.dtype)
+                    return (dx * chosen).sum() / chosen.sum()
+
+                return y, share
+            if isinstance(dim, Tensor):  # max(x, other)
+                return None
+            return pair(function(input, dim, keepdim), input, dim, keepdim)
+
+
+for _function in functions("max", "min", "topk", "sort"):
+    _selected(_function)
+
+
+def _extreme(function: Callable[..., Any]) -> None:
+    """amax and amin: ties share the tangent, as they share the gradient."""
+
+    @rule(function)
+    def extreme(input: Tensor, dim: Any = (), keepdim: bool = False) -> tuple[Tensor, Jvp]:
+        y = function(input, dim, keepdim=True)
+
+        def jvp(dx: Tensor, *_: None) -> Tensor:
+            chosen = (input == y).to(dx.dtype)
+            dims = dim if dim != () else tuple(range(input.dim()))
+            dy = (dx * chosen).sum(dims, keepdim=True) / chosen.sum(dims, keepdim=True)
+            return dy if keepdim else dy.view(function(input, dim).shape)
+
+        return function(input, dim, keepdim=keepdim), jvp
+
+
+for _function in functions("amax", "amin"):
+    _extreme(_function)
+
+
+@rule("var")
+def var(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False
+) -> tuple[Tensor, Jvp]:
+    dims = tuple(range(input.dim())) if dim is None else dim
+    y = torch.var(input, dims, correction=int(unbiased), keepdim=keepdim)
+
+    def jvp(dx: Tensor, *_: None) -> Tensor:
+        centred = input - input.mean(dims, keepdim=True)
+        count = centred.numel() // max(y.numel(), 1)
+        return (dx * centred).sum(dims, keepdim=keepdim) * (2 / (count - int(unbiased)))
+
+    return y, jvp
+
+
+@rule("std")
+def std(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False
+) -> tuple[Tensor, Jvp]:
+    variance, slope = var(input, dim, unbiased, keepdim)
+    y = variance.sqrt()
+    return y, lambda dx, *_: slope(dx) / (2 * y)
+
+
+def _two_norm(input: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, Jvp]:
+    dims = tuple(range(input.dim())) if dim is None else dim
+    y = torch.linalg.vector_norm(input, 2, dims, keepdim=keepdim)
+
+    def jvp(dx: Tensor, *_: None) -> Tensor:
+        inner = (dx * input).sum(dims, keepdim=keepdim)
+        return torch.where(y == 0, 0, inner / y)  # the subgradient 0 that autograd takes
+
+    return y, jvp
+
+
+@rule(torch.norm, Tensor.norm)
+def norm(
+    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False
+) -> tuple[Tensor, Jvp] | None:
+    if p not in ("fro", 2, None):
+        return None
+    return _two_norm(input, dim, keepdim)
+
+
+@rule(torch.linalg.vector_norm, torch.linalg.norm)
+def vector_norm(
+    x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False
+) -> tuple[Tensor, Jvp] | None:
+    matrix = x.dim() == 2 if dim is None else isinstance(dim, Sequence) and len(dim) == 2
+    if ord not in (2, None) or (matrix and ord is not None):
+        return None
+    return _two_norm(x, dim, keepdim)
+
+
+@rule(F.normalize)
+def normalize(
+    input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Jvp] | None:
+    if p != 2:
+        return None
+    length = torch.linalg.vector_norm(input, 2, dim, keepdim=True)
+    y = input / length.clamp_min(eps)
+
+    def jvp(dx: Tensor, *_: None) -> Tensor:
+        scaled = dx / length.clamp_min(eps)
+        along = (scaled * y).sum(dim, keepdim=True)
+        return scaled - torch.where(length < eps, 0, along) * y
+
+    return y, jvp

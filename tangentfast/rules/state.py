@@ -1,0 +1,56 @@
+"""Functions that need no derivative: metadata, results that are constants, and what is refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tangentfast.rules.registry import RULES, constant, forbidden, functions, metadata
+
+_getters = [
+    getattr(Tensor, name).__get__
+    for name in dir(torch._C.TensorBase)
+    if type(getattr(torch._C.TensorBase, name)).__name__ == "getset_descriptor"
+]
+metadata(*(getter for getter in _getters if getter not in RULES))  # T, mT, ... have rules already
+metadata(
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_set_to"),
+    *("is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_distributed"),
+    *("is_coalesced", "get_device", "data_ptr", "untyped_storage", "dim_order", "sym_size", "sym_stride"),
+    *("sym_numel", "result_type", "can_cast", "has_names", "__len__", "__hash__", "__repr__"),
+    *("__format__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward"),
+    *("requires_grad_", "numpy_dtype", "is_storage", "is_tensor", "broadcast_shapes"),
+    *("__dlpack_device__", "ndim", "typename"),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
+)
+constant(
+    *("detach", "eq", "ne", "lt", "le", "gt", "ge", "equal", "greater", "less", "greater_equal"),
+    *("less_equal", "not_equal", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "isclose"),
+    *("allclose", "logical_not", "logical_and", "logical_or", "logical_xor", "any", "all"),
+    *("argmax", "argmin", "argsort", "nonzero", "count_nonzero", "searchsorted", "bucketize"),
+    *("floor", "ceil", "round", "trunc", "fix", "sign", "sgn", "signbit", "heaviside"),
+    *("floor_divide", "__floordiv__", "__rfloordiv__", "int", "long", "short", "bool", "byte", "char"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("randint_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+    *("new_empty_strided", "bernoulli", "multinomial"),
+    Tensor.data.__get__,
+)
+
+_no_number = (
+    "a Python number has no tangent, so that what is computed from it would be wrong without a word. "
+    "Keep it a tensor (torch.where instead of if), or detach() it where it should be a constant."
+)
+forbidden(
+    _no_number,
+    *("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"),
+    *("__complex__", "__contains__", "is_nonzero"),
+)
+forbidden(
+    "assigning .data replaces the memory behind the tangent's back; use copy_() or a new tensor.",
+    Tensor.data.__set__,
+)
+forbidden(
+    "a tensor that carries a tangent cannot be pickled; detach() it first.",
+    *functions("__reduce_ex__"),
+)
