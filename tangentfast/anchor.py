@@ -45,7 +45,7 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
         return theta0
     tau = module._parameters[name + SUFFIX]
     primal = theta0
-    if pass_.strict or not pass_.k:  # a pass whose gradient is wanted, or its replay in backward
+    if pass_.recording:
         primal = Anchor.apply(theta0, tau)  # type: ignore[no-untyped-call]
     return make_dual(primal, [tau.detach()] * pass_.k, pass_)  # type: ignore[union-attr]
 

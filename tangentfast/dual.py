@@ -3,15 +3,13 @@
 A `Dual` is a handle: an alias of its primal that intercepts every torch call through
 ``__torch_function__``, above autograd. Only primals are passed on, so that whatever autograd saves is a
 plain tensor and a tangent dies with the last handle that carries it. A call is decided in this
-order: metadata, a cut (inside ``no_grad``, as autograd cuts there), a write in place, the function's
-rule, the exact fallback.
+order: metadata, a write in place, the function's rule, the exact fallback.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,20 +28,27 @@ from tangentfast.rules.registry import Inexact, Rule, evaluate
 class Pass:
     """One evaluation of a network on dual numbers: how many tangents, and what the user can be told.
 
-    `k`: number of tangents. `root`: the module whose names locate errors. `strict`: every tensor that
-    requires grad depends on a tangent (true while a linearized model trains), so that a plain tensor
-    with a graph has lost its tangent. `anchors`: linearized parameters give duals in this pass.
-    `fallbacks`: counts (operation, module path).
+    `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing requires
+    grad but what depends on a tangent, so that a plain tensor with a graph has lost its tangent (it came
+    from code that takes a handle for an ordinary tensor). `anchors`: linearized parameters give
+    duals in this pass. `recording`: their gradient is wanted. `fallbacks`: counts (operation, module path).
     """
 
     def __init__(
-        self, k: int, root: nn.Module | None = None, strict: bool = False, anchors: bool = False
+        self,
+        k: int,
+        root: nn.Module | None = None,
+        strict: bool = False,
+        anchors: bool = False,
+        recording: bool = False,
     ):
         self.k = k
         self.root = root
         self.strict = strict
         self.anchors = anchors
+        self.recording = recording
         self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.sharers = inplace.Sharers()
 
     def where(self) -> str:
         """The path of the module whose forward runs now, found on the Python stack."""
@@ -59,7 +64,7 @@ class Pass:
 
 
 # A checkpointed block is run again inside backward: same operations on the primals, no tangents.
-_REPLAY = Pass(0, anchors=True)
+_REPLAY = Pass(0, anchors=True, recording=True)
 _local = threading.local()
 
 
@@ -113,13 +118,19 @@ class Dual(Tensor):
 
 def make_dual(primal: Tensor, tangents: Sequence[Tensor | None], pass_: Pass) -> Dual:
     """The handle of a plain `primal`; each tangent has its shape and dtype."""
-    handle = primal.as_subclass(Dual)
+    # In a strict pass the handle is a leaf of its own that requires grad: the mark by which a result
+    # is recognised that was computed from it past the rules.
+    handle = (
+        Tensor._make_subclass(Dual, primal, True)  # type: ignore[arg-type]
+        if pass_.strict
+        else primal.as_subclass(Dual)
+    )
     handle.primal = primal
     handle.tangents = tuple(tangents)
     handle.owner = pass_
     handle.version = version(primal)
-    root = primal if primal._base is None else primal._base
-    inplace.register(root, handle)
+    if pass_.k:
+        pass_.sharers.add(handle)
     return handle
 
 
@@ -141,16 +152,14 @@ def wrap(y: Any, dys: Sequence[Any], pass_: Pass) -> Any:
         return type(y)(parts)
     if not isinstance(y, Tensor) or not y.is_floating_point():
         return y
-    known = getattr(y, "handle", None)
-    if known is not None and (same := known()) is not None and same.owner is pass_:
-        return same  # the function returned its argument: contiguous(), dropout in eval mode
+    for known in pass_.sharers.of(y):
+        if known.primal is y:
+            return known  # the function returned its argument: contiguous(), dropout in eval mode
     if pass_.k and all(dy is None for dy in dys):
         if pass_.strict and y.requires_grad:
             y = y.detach()  # the derivative is zero; a graph would say otherwise to the checks
         return y
-    handle = make_dual(y, [like(y, dy) for dy in dys], pass_)
-    y.handle = weakref.ref(handle)  # type: ignore[attr-defined]
-    return handle
+    return make_dual(y, [like(y, dy) for dy in dys], pass_)
 
 
 class _Arguments:
@@ -177,7 +186,9 @@ class _Arguments:
         return x
 
     def check(self, x: Dual) -> None:
-        if self.pass_.k and x.owner is not self.pass_:
+        if not self.pass_.k:
+            return  # the replay has no tangents that could be wrong
+        if x.owner is not self.pass_:
             raise RuntimeError(
                 f"{name_of(self.func)} got a tensor of an earlier, finished forward; its tangent "
                 "belongs to that one. Detach what you keep between forwards (caches: use_cache=False)."
@@ -239,8 +250,8 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
     if rule is not None and rule.kind == "forbidden":
         raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
     arguments = _Arguments(pass_, func)
-    if not torch.is_grad_enabled():
-        return _cut(func, args, kwargs, arguments)
+    if pass_.k and not torch.is_grad_enabled() and (rule is None or rule.kind != "constant"):
+        _refuse_no_grad(func, pass_)
     if kwargs.get("out") is not None:
         raise RuntimeError(
             f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
@@ -304,26 +315,18 @@ def _structural(
     return wrap(y, dys, arguments.pass_)
 
 
-def _cut(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], arguments: _Arguments
-) -> Any:
-    """Inside ``no_grad`` autograd records nothing and the tangent ends likewise.
-
-    A custom autograd.Function runs its forward in the same mode, but does have a derivative.
-    """
-    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is apply:
-            raise NotImplementedError(
-                f"the autograd.Function {frame.f_locals['cls'].__name__} in "
-                f"{arguments.pass_.where()} has no rule for tangents. Replace it by torch functions; "
-                "for torch.utils.checkpoint pass use_reentrant=False."
-            )
-        frame = frame.f_back  # type: ignore[assignment]
-    return func(
-        *[arguments.primal(a) for a in args],
-        **{n: arguments.primal(v) for n, v in kwargs.items()},
+def _refuse_no_grad(func: Callable[..., Any], pass_: Pass) -> None:
+    """Autograd takes what is computed under ``no_grad`` for a constant; the derivative is none."""
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name_of(func)} in {pass_.where()} runs under no_grad on a tensor that has a tangent: "
+            "its gradient would be cut there and its tangent not. Use detach() for what should be "
+            "a constant, or train only parameters after the no_grad block."
+        )
+    raise NotImplementedError(  # autograd.Function switches both modes off
+        f"a custom autograd.Function in {pass_.where()} has no rule for tangents ({name_of(func)} in its "
+        "forward met one). Replace it by torch functions; for torch.utils.checkpoint pass "
+        "use_reentrant=False."
     )
 
 
@@ -362,6 +365,7 @@ def _write(
     options = {n: arguments.primal(v) for n, v in kwargs.items()}
     tangents: Sequence[Tensor | None] = [None] * pass_.k
     if pass_.k:
+        inplace.check(target, _plain_one(target), Dual, name_of(func), pass_)
         before = _unwritten(args, primals, pass_)
         y = dispatch(functional, before, kwargs)
         if type(y) is Dual:
@@ -370,11 +374,11 @@ def _write(
             raise RuntimeError(f"{name_of(func)}: the target is smaller than the result; clone it")
     target_primal = _plain_one(target)
     tangents = [like(target_primal, t) for t in tangents]
-    inplace.check(target, target_primal, Dual, name_of(func), pass_.where)
     if inplace_at >= 0:
         primals[inplace_at] = True
     func(*primals, **options)
-    inplace.commit(target, target_primal, tangents, Dual, pass_)
+    if pass_.k:
+        inplace.commit(target, target_primal, tangents, Dual, pass_)
     return target
 
 

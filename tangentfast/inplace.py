@@ -74,29 +74,38 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def register(root: Tensor, handle: Any) -> None:
-    """Remember that `handle` reads the memory of `root`."""
-    sharers = getattr(root, "sharers", None)
-    if sharers is None:
-        root.sharers = [weakref.ref(handle)]  # type: ignore[attr-defined]
-    else:
-        sharers.append(weakref.ref(handle))
+class Sharers:
+    """The handles of one pass by the memory that their primals read: the root of the view they are."""
+
+    def __init__(self) -> None:
+        self._by_root: dict[int, list[weakref.ref[Any]]] = {}
+
+    def add(self, handle: Any) -> None:
+        root = root_of(handle.primal)
+        self._by_root.setdefault(id(root), []).append(weakref.ref(handle))
+
+    def of(self, tensor: Tensor) -> list[Any]:
+        """The live handles that share memory with `tensor`."""
+        root = root_of(tensor)
+        handles = [ref() for ref in self._by_root.get(id(root), ())]
+        # an id may be that of a tensor that died; its handles had another root
+        return [h for h in handles if h is not None and root_of(h.primal) is root]
 
 
-def _sharers(root: Tensor) -> list[Any]:
-    return [h for ref in getattr(root, "sharers", ()) if (h := ref()) is not None]
+def root_of(tensor: Tensor) -> Tensor:
+    """The tensor whose memory `tensor` is a view of; itself if it is no view."""
+    base = tensor._base
+    return tensor if base is None else base
 
 
-def check(
-    target: Tensor, primal: Tensor, dual: type, name: str, where: Callable[[], str]
-) -> None:
+def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> None:
     """Refuse, before anything is written, what could not be followed."""
     if 0 in primal.stride() and any(
         s == 0 and n > 1 for s, n in zip(primal.stride(), primal.shape, strict=True)
     ):
-        raise RuntimeError(f"{name} in {where()} writes to an expanded tensor; clone it first.")
-    root = primal if primal._base is None else primal._base
-    if type(target) is dual or type(root) is dual or getattr(root, "sharers", None):
+        raise RuntimeError(f"{name} in {pass_.where()} writes to an expanded tensor; clone it first.")
+    root = root_of(primal)
+    if type(target) is dual or type(root) is dual or pass_.sharers.of(root):
         return
     # A plain tensor takes a tangent. Its holders: itself, the base of a view, and the storage
     # object asked here. Any other holder would keep reading it as a constant.
@@ -104,7 +113,7 @@ def check(
     known = 2 + (root is not primal)
     if torch._C._storage_Use_Count(storage._cdata) > known:
         raise RuntimeError(
-            f"{name} in {where()} writes a tensor with a tangent into memory that another plain "
+            f"{name} in {pass_.where()} writes a tensor with a tangent into memory that another plain "
             "tensor shares, which would not see the tangent. Clone the target before it is shared."
         )
 
@@ -113,16 +122,17 @@ def commit(
     target: Any, primal: Tensor, tangents: Sequence[Tensor | None], dual: type, pass_: Any
 ) -> None:
     """After the write: give `target` its tangents, and its sharers what became of theirs."""
-    root = primal if primal._base is None else primal._base
+    root = root_of(primal)
     if type(target) is not dual:
-        if all(t is None for t in tangents) and not _sharers(root):
+        known = pass_.sharers.of(root)
+        if all(t is None for t in tangents) and not known:
             return  # constants were written to a constant
-        for plain in [root, target] if root is not target else [target]:
-            if type(plain) is not dual and not (plain is root and hasattr(root, "sharers")):
-                _upgrade(plain, dual, root, pass_)
+        if root is not target and not known:
+            _upgrade(root, dual, pass_)
+        _upgrade(target, dual, pass_)
     target.tangents = tuple(tangents)
-    for handle in _sharers(root):
-        if handle is not target and handle.owner is pass_:
+    for handle in pass_.sharers.of(root):
+        if handle is not target:
             handle.tangents = tuple(
                 _follow(root, primal, handle.primal, new, old)
                 for new, old in zip(tangents, handle.tangents, strict=True)
@@ -130,7 +140,7 @@ def commit(
         handle.version = version(handle.primal)
 
 
-def _upgrade(plain: Tensor, dual: type, root: Tensor, pass_: Any) -> None:
+def _upgrade(plain: Tensor, dual: type, pass_: Any) -> None:
     """Turn the tensor object that the caller holds into a dual number with no tangent yet."""
     alias = plain.as_subclass(Tensor)
     plain.__class__ = dual  # type: ignore[assignment]
@@ -138,7 +148,7 @@ def _upgrade(plain: Tensor, dual: type, root: Tensor, pass_: Any) -> None:
     plain.tangents = (None,) * pass_.k  # type: ignore[attr-defined]
     plain.owner = pass_  # type: ignore[attr-defined]
     plain.version = alias._version  # type: ignore[attr-defined]
-    register(root, plain)
+    pass_.sharers.add(plain)
 
 
 def _follow(

@@ -66,7 +66,7 @@ def jvp(
         inputs, kwargs = tree_map(_detached, (inputs, dict(kwargs or {})))
     k = max(len(directions), 1)
     root = fn if isinstance(fn, nn.Module) else None
-    pass_ = Pass(k, root)
+    pass_ = Pass(k, root, strict=not recording)
     call = fn
     with running(pass_):
         if directions:

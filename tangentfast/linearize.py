@@ -81,7 +81,7 @@ class LinearizedModel(nn.Module):
             args, kwargs = tree_map(_detached, (args, kwargs))
         trained = recording and any(tau.requires_grad for tau in self.tau.values())
         sharding.keep_duals(self.model)
-        pass_ = Pass(1, self.model, strict=trained, anchors=True)
+        pass_ = Pass(1, self.model, strict=True, anchors=True, recording=trained)
         try:
             with running(pass_):
                 out = self.model(*args, **kwargs)

@@ -68,8 +68,13 @@ RULES: dict[Callable[..., Any], Rule] = {}
 def functions(*names: str) -> list[Callable[..., Any]]:
     """Every public torch function of these names: ``torch.f``, ``Tensor.f``, ``torch.nn.functional.f``."""
     rooms = (torch, Tensor, F, torch.special, torch._C._nn)
-    found = [getattr(room, name) for name in names for room in rooms if hasattr(room, name)]
-    return list(dict.fromkeys(found))
+    found = [
+        getattr(room, name)
+        for name in names
+        for room in ((Tensor,) if name.startswith("__") else rooms)
+        if hasattr(room, name)
+    ]
+    return list(dict.fromkeys(f for f in found if callable(f)))  # not torch.float, torch.cuda
 
 
 def _register(targets: Iterable[Callable[..., Any] | str], rule: Rule) -> None:

@@ -22,22 +22,30 @@ from tangentfast.rules.registry import (
 
 # Linear in the first argument, everything else a constant: the function is its own JVP.
 linear_in_first(
-    *("reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous"),
+    *("reshape", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous"),
     *("permute", "transpose", "swapaxes", "swapdims", "t", "adjoint", "moveaxis", "movedim"),
-    *("numpy_T", "positive", "clone", "alias", "conj", "resolve_conj", "resolve_neg", "view_as_real"),
+    *("positive", "clone", "conj", "resolve_conj", "resolve_neg"),
     *("expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip"),
     *("fliplr", "flipud", "rot90", "narrow", "select", "split", "split_with_sizes", "chunk"),
     *("tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "unfold", "fold", "diagonal", "diag"),
     *("diag_embed", "tril", "triu", "index_select", "gather", "take", "take_along_dim"),
     *("masked_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-    *("native_channel_shuffle", "atleast_1d", "atleast_2d", "atleast_3d", "as_strided"),
+    *("native_channel_shuffle", "atleast_1d", "atleast_2d", "atleast_3d"),
     *("to", "float", "double", "half", "bfloat16", "cpu", "cuda", "type", "pin_memory"),
     *("sum", "mean", "cumsum", "trace", "neg", "negative"),
     *("interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     Tensor.__getitem__,
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
 )
+
+
+@rule(Tensor.view)
+def view(x: Tensor, *shape: Any) -> tuple[Tensor, Jvp] | None:
+    if isinstance(shape[0], torch.dtype):  # the same bits read as other numbers
+        return None
+    y = x.view(*shape)
+    return y, lambda dx, *_: dx.reshape(y.shape)  # a tangent may have other strides
 
 
 def _shaped_like(function: Callable[..., Any]) -> None:
@@ -150,6 +158,9 @@ _jointly_linear(["select_scatter"], "input src dim index", 1)
 _jointly_linear(["slice_scatter", "diagonal_scatter"], "input src", 1)
 
 
+# The functional forms of writes are called for their tangents; their y is what was there, unaliased.
+
+
 @rule(FORMS["__setitem__"])
 def assign(x: Tensor, index: Any, value: Any) -> tuple[Tensor, Jvp]:
     def written(into: Tensor, values: Any) -> Tensor:
@@ -160,7 +171,7 @@ def assign(x: Tensor, index: Any, value: Any) -> tuple[Tensor, Jvp]:
     def jvp(dx: Tensor | None, _: Any, dvalue: Tensor | None) -> Tensor:
         return written(_zeros(dx, x), 0 if dvalue is None else dvalue.to(x.dtype))
 
-    return x, jvp
+    return x.detach(), jvp
 
 
 @rule(FORMS["copy_"])
@@ -168,14 +179,14 @@ def overwrite(x: Tensor, src: Tensor, non_blocking: bool = False) -> tuple[Tenso
     def jvp(_: Tensor | None, dsrc: Tensor | None, __: None) -> Tensor | None:
         return None if dsrc is None else dsrc.to(x.device, x.dtype).expand(x.shape)
 
-    return x, jvp
+    return x.detach(), jvp
 
 
 @rule(FORMS["fill_"])
 def fill(x: Tensor, value: Any) -> tuple[Tensor, Jvp]:
-    return x, lambda _, dvalue: None if dvalue is None else dvalue.to(x.dtype).expand(x.shape)
+    return x.detach(), lambda _, dvalue: None if dvalue is None else dvalue.to(x.dtype).expand(x.shape)
 
 
 @rule(FORMS["zero_"])
 def forget(x: Tensor, *args: Any) -> tuple[Tensor, Jvp]:
-    return x, lambda *_: None
+    return x.detach(), lambda *_: None

@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tangentfast.rules.registry import RULES, constant, forbidden, functions, metadata
+from tangentfast.rules.registry import RULES, constant, forbidden, metadata
 
-_getters = [
-    getattr(Tensor, name).__get__
+_properties = [
+    getattr(Tensor, name)
     for name in dir(torch._C.TensorBase)
     if type(getattr(torch._C.TensorBase, name)).__name__ == "getset_descriptor"
 ]
-metadata(*(getter for getter in _getters if getter not in RULES))  # T, mT, ... have rules already
+metadata(*(p.__get__ for p in _properties if p.__get__ not in RULES))  # T, mT, ... have rules already
+metadata(*(p.__set__ for p in _properties))
 metadata(
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
     *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_set_to"),
     *("is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_distributed"),
     *("is_coalesced", "get_device", "data_ptr", "untyped_storage", "dim_order", "sym_size", "sym_stride"),
     *("sym_numel", "result_type", "can_cast", "has_names", "__len__", "__hash__", "__repr__"),
-    *("__format__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward"),
-    *("requires_grad_", "numpy_dtype", "is_storage", "is_tensor", "broadcast_shapes"),
+    *("__format__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
+    *("requires_grad_", "is_storage", "is_tensor", "broadcast_shapes"),
     *("__dlpack_device__", "ndim", "typename"),
-    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
 )
 constant(
     *("detach", "eq", "ne", "lt", "le", "gt", "ge", "equal", "greater", "less", "greater_equal"),
@@ -52,5 +52,9 @@ forbidden(
 )
 forbidden(
     "a tensor that carries a tangent cannot be pickled; detach() it first.",
-    *functions("__reduce_ex__"),
+    "__reduce_ex__",
+)
+forbidden(
+    "a backward inside the forward would not see the tangents; call it on the model's outputs.",
+    "backward",
 )

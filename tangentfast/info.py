@@ -1,0 +1,77 @@
+"""What this installation of tangentfast is made of, and what runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+from tangentfast.ops.backend import choose, load_native, native_problem
+
+
+@dataclass(frozen=True)
+class Info:
+    """The report of `info`; `str()` of it is a table.
+
+    Attributes:
+        version: of tangentfast.
+        torch: version of torch.
+        backend: what CPU tensors run on, ``"native"`` or ``"reference"``.
+        cuda_backend: the same for CUDA tensors.
+        native: ``"present"``, or why the extension is not.
+        isa: the instruction set that the CPU kernels use, ``"avx512"``, ``"avx2"`` or
+            ``"baseline"``; empty without the extension.
+        cuda: ``"built"``, or why the CUDA kernels are not.
+        triton: version of Triton; empty when it is not installed.
+        threads: that torch, and so the CPU kernels, use.
+    """
+
+    version: str
+    torch: str
+    backend: str
+    cuda_backend: str
+    native: str
+    isa: str
+    cuda: str
+    triton: str
+    threads: int
+
+    def __str__(self) -> str:
+        """One line for each attribute."""
+        rows = {
+            "tangentfast": self.version,
+            "torch": self.torch,
+            "backend": f"{self.backend} (CPU), {self.cuda_backend} (CUDA)",
+            "native": self.native + (f", {self.isa}" if self.isa else ""),
+            "CUDA": self.cuda,
+            "triton": self.triton or "not installed",
+            "threads": str(self.threads),
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def info() -> Info:
+    """What is installed and what runs: versions, backends, instruction set, threads.
+
+    Raises:
+        ValueError, RuntimeError: TANGENTFAST_BACKEND names a backend that is not there.
+    """
+    module, why = load_native()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    backend = choose("merge_", cpu)  # the ops are compiled together: one speaks for all
+    missing = native_problem("merge_", gpu)
+    return Info(
+        version=metadata.version("tangentfast"),
+        torch=torch.__version__,
+        backend=backend,
+        # A backend that is named but not there for CUDA is no reason to say nothing of the rest.
+        cuda_backend="reference" if missing else choose("merge_", gpu),
+        native=why or "present",
+        isa=module.isa() if module is not None else "",
+        cuda=missing or "built",
+        triton=metadata.version("triton") if find_spec("triton") else "",
+        threads=torch.get_num_threads(),
+    )
