@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _assign(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -105,6 +105,11 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
     ):
         raise RuntimeError(f"{name} in {pass_.where()} writes to an expanded tensor; clone it first.")
     root = root_of(primal)
+    if isinstance(root, nn.Parameter):
+        raise RuntimeError(
+            f"{name} in {pass_.where()} writes to a parameter in place; a pass on dual numbers leaves "
+            "parameters as they are. Write to a clone."
+        )
     if type(target) is dual or type(root) is dual or pass_.sharers.of(root):
         return
     # A plain tensor takes a tangent. Its holders: itself, the base of a view, and the storage

@@ -39,7 +39,7 @@ def native_problem(op: str, device: torch.device) -> str:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"tangentfast::{op}", device.type.upper()):
         return ""
     if device.type == "cuda" and not module.cuda:
-        return "tangentfast._C was built without CUDA; reinstall with TANGENTFAST_CUDA=1"
+        return "tangentfast._C was built without CUDA kernels (TANGENTFAST_CUDA in setup.py)"
     return f"tangentfast._C has no {op} for {device.type}"
 
 

@@ -133,3 +133,20 @@ def instance_norm(
         raise Inexact("instance norm that updates running statistics moves; put it in eval mode.")
     y, jvp = group_norm(input, input.shape[1], weight, bias, eps)
     return y, lambda dx, _m, _v, dweight, dbias, *__: jvp(dx, None, dweight, dbias)
+
+
+@rule(torch._weight_norm)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Jvp]:
+    """g v / |v|, the norm over every dimension but `dim`."""
+    length = torch.norm_except_dim(v, 2, dim)
+    direction = v / length
+
+    def jvp(dv: Any, dg: Any, _: None) -> Tensor | None:
+        turned = None
+        if dv is not None:
+            others = [i for i in range(v.dim()) if i != dim % v.dim()]
+            along = (dv * direction).sum(others, keepdim=True)
+            turned = (dv - along * direction) * (g / length)
+        return add(turned, None if dg is None else dg * direction)
+
+    return torch._weight_norm(v, g, dim), jvp
