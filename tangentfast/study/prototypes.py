@@ -19,7 +19,7 @@ class PrototypeHead(nn.Module):
     center: Tensor
     prototypes: Tensor
 
-    def __init__(self, features: Tensor, labels: Tensor, scale: float = 20.0) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, scale: float = 10.0) -> None:
         """The head of one task.
 
         Args:

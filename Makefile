@@ -1,0 +1,46 @@
+# Every command makes the virtual environment .venv first if it is not there, or is out of date.
+VENV := .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test bench lint gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(READY)  ## fine-tune a real ViT on three tasks in tangent space and merge it (5 minutes)
+	$(RUN) examples/demo.py --out demo-output
+
+test: $(READY)  ## run the tests (10 minutes)
+	$(RUN) -m pytest -q
+
+bench: $(READY)  ## run the benchmarks
+	$(RUN) -m pytest benchmarks --benchmark-only -q
+
+lint: $(READY)  ## format check, lint and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+gpu: $(READY)  ## build with CUDA, run the tests and the benchmarks on a machine with an NVIDIA GPU
+	@$(RUN) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no GPU is visible to torch')"
+	TANGENTFAST_CUDA=1 $(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
+	$(RUN) -m pytest -q
+	$(RUN) -m pytest benchmarks --benchmark-only -q
+
+clean:  ## remove what was built, but not what was downloaded
+	rm -rf $(VENV) build dist *.egg-info tangentfast/_C*.so demo-output
+
+# open_clip first: it decides which torch is installed, and the extension is built against that one.
+$(VENV)/.libraries: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --upgrade pip
+	$(VENV)/bin/pip install -q "setuptools>=77" wheel ninja pybind11 numpy open_clip_torch timm
+	touch $@
+
+$(READY): $(VENV)/.libraries $(NATIVE)
+	$(VENV)/bin/pip install -q --no-build-isolation -e ".[models,demo,bench,test,dev]"
+	touch $@

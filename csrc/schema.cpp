@@ -1,0 +1,41 @@
+// Every op's schema, once, and the Python module that says what was compiled.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "isa.h"
+
+#ifndef TANGENTFAST_VERSION
+#error "TANGENTFAST_VERSION is set by setup.py"
+#endif
+
+TORCH_LIBRARY(tangentfast, m) {
+  // bases[i] <- round(bases[i] + sum of alphas[k] vectors[k] over its counts[i] vectors): the
+  // vectors of bases[0] come first, then those of bases[1], ...
+  m.def("merge_(Tensor(a!)[] bases, Tensor[] vectors, int[] counts, float[] alphas) -> ()");
+  // G[owners[a], owners[b]] += <tensors[a], tensors[b]> for a, b in the same row; the rows have
+  // counts[0], counts[1], ... consecutive tensors, with rising owners < size. Returns [size, size].
+  m.def("gram(Tensor[] tensors, int[] counts, int[] owners, int size) -> Tensor");
+}
+
+// The kernels read a tensor's negative bit themselves; the dispatcher could not write through it.
+TORCH_LIBRARY_IMPL(tangentfast, Negative, m) {
+  m.impl("merge_", torch::CppFunction::makeFallthrough());
+  m.impl("gram", torch::CppFunction::makeFallthrough());
+}
+
+// The ops are not differentiable: let autograd pass through without a warning.
+TORCH_LIBRARY_IMPL(tangentfast, Autograd, m) {
+  m.impl("merge_", torch::CppFunction::makeFallthrough());
+  m.impl("gram", torch::CppFunction::makeFallthrough());
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of tangentfast; importing it registers torch.ops.tangentfast.*";
+  m.attr("version") = TANGENTFAST_VERSION;
+#ifdef TANGENTFAST_WITH_CUDA
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+  m.def("isa", &tangentfast::isa_name, "The instruction set in use: avx512, avx2 or baseline.");
+}

@@ -1,0 +1,423 @@
+"""Calls of every function that has a rule, as data: `CASES` by the function's name.
+
+``R(3, 4)`` stands for a random float tensor that may carry a tangent; every other value, tensors
+included, is a constant of the call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+inf = float("inf")
+
+
+class R:
+    """A random tensor of a shape, with entries in [low, high] or normal, or small whole numbers (ties)."""
+
+    def __init__(self, *shape: int, low: float = 0, high: float = 0, ties: bool = False):
+        self.shape, self.low, self.high, self.ties = shape, low, high, ties
+
+    def build(self, generator: torch.Generator, dtype: torch.dtype, strided: bool) -> Tensor:
+        if self.ties:
+            x = torch.randint(-1, 2, self.shape, generator=generator).double()
+        elif self.low == self.high:
+            x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        else:
+            x = torch.rand(self.shape, generator=generator, dtype=torch.float64)
+            x = self.low + (self.high - self.low) * x
+        x = x.to(dtype)
+        if not strided or x.dim() == 0:
+            return x
+        # neither contiguous nor at the start of its memory
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 1, 2), float("nan"))
+        wide[..., 1:, 1] = x
+        return wide[..., 1:, 1]
+
+    def __repr__(self) -> str:
+        return f"R{self.shape}"
+
+
+@dataclasses.dataclass
+class Case:
+    """One call. `on`: only the functions found in this room (torch, Tensor, F)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    on: Any = None
+    strided: bool = True  # may its tensors be non-contiguous
+    adjoint: bool = True  # is torch's backward the adjoint of its JVP
+    cuda: bool = False
+    slack: float = 1.0  # factor on the tolerance, with a reason where it is set
+
+    def build(self, dtype: torch.dtype, strided: bool) -> tuple[tuple[Any, ...], list[int]]:
+        """The arguments, and which leaves of them may have a tangent."""
+        generator = torch.Generator().manual_seed(1)
+        leaves, spec = tree_flatten(self.args)
+        active = [i for i, x in enumerate(leaves) if isinstance(x, R)]
+        built = [x.build(generator, dtype, strided) if isinstance(x, R) else x for x in leaves]
+        return tree_unflatten(built, spec), active
+
+    def applies(self, function: Any) -> bool:
+        return self.on is None or function in vars(self.on).values() or function in [
+            getattr(self.on, n, None) for n in (getattr(function, "__name__", ""),)
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        def short(x: Any) -> str:
+            if isinstance(x, (tuple, list)):
+                return "[" + ",".join(map(short, x)) + "]"
+            if isinstance(x, Tensor):
+                return "t" + "x".join(map(str, x.shape))
+            return "x".join(map(str, x.shape)) or "0d" if isinstance(x, R) else str(x)
+
+        parts = [short(a) for a in self.args] + [f"{n}={short(v)}" for n, v in self.kwargs.items()]
+        return ";".join(parts)
+
+
+def C(*args: Any, **kwargs: Any) -> Case:
+    return Case(args, kwargs)
+
+
+def on(room: Any, case: Case, **options: Any) -> Case:
+    return dataclasses.replace(case, on=room, **options)
+
+
+def but(case: Case, **options: Any) -> Case:
+    return dataclasses.replace(case, **options)
+
+
+def index(*values: Any) -> Tensor:
+    return torch.tensor(values)
+
+
+X = C(R(2, 3))
+SHAPES = [C(R(3, 4)), C(R()), C(R(1)), C(R(0, 3))]
+mask34 = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
+rows = index([0, 2, 1, 0], [3, 1, 1, 0], [2, 2, 0, 1])  # 3 x 4
+image, volume = R(2, 4, 5, 6), R(1, 2, 4, 4, 4)
+Table = dict[str, list[Case]]
+
+SHAPE: Table = {
+    "reshape": [C(R(2, 6), (3, 4)), C(R(2, 6), -1, 4).__class__((R(2, 6), -1, 4), {}, on=Tensor),
+                C(R(0, 6), (3, 0))],
+    "flatten": [C(R(2, 3, 4)), C(R(2, 3, 4), 1), C(R(2, 3, 4), start_dim=-2), C(R())],
+    "ravel": [X],
+    "unflatten": [C(R(2, 6), 1, (2, 3)), C(R(2, 6), -1, (-1, 2))],
+    "squeeze": [C(R(2, 1, 3, 1)), C(R(2, 1, 3), 1), C(R(2, 1, 3), 0)],
+    "unsqueeze": [C(R(2, 3), 1), C(R(), 0), C(R(2, 3), dim=-1)],
+    "contiguous": [X, C(image, memory_format=torch.channels_last)],
+    "permute": [C(R(2, 3, 4), (2, 0, 1)), on(Tensor, C(R(2, 3), 1, 0))],
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), [C(R(2, 3, 4), 0, 2), C(R(2, 3), -1, -2)]),
+    **dict.fromkeys(("moveaxis", "movedim"), [C(R(2, 3, 4), 0, 2), C(R(2, 3, 4), (0, 1), (2, 0))]),
+    "t": [X, C(R(3))],
+    "adjoint": [C(R(2, 3, 4))],
+    **dict.fromkeys(("positive", "conj", "resolve_conj", "resolve_neg", "neg", "negative"), SHAPES),
+    "clone": [X, C(image, memory_format=torch.channels_last)],
+    "expand": [C(R(2, 1, 3), 2, 4, 3), C(R(3), (2, 3)), C(R(2, 1), -1, 0)],
+    "broadcast_to": [C(R(1, 3), (2, 3))],
+    "repeat": [C(R(2, 3), 2, 1, 2), C(R(2, 3), (1, 0))],
+    "tile": [C(R(2, 3), (2, 2))],
+    "repeat_interleave": [C(R(2, 3), 2), C(R(2, 3), 3, dim=1), C(R(2, 3), index(1, 2), dim=0)],
+    "roll": [C(R(3, 4), 1), C(R(3, 4), (1, -2), (0, 1)), C(R(3, 4), shifts=2, dims=1)],
+    "flip": [C(R(3, 4), (0, 1)), C(R(3, 4), dims=[1])],
+    "fliplr": [X], "flipud": [X],
+    "rot90": [C(R(3, 4)), C(R(3, 4), 3, (0, 1))],
+    "narrow": [C(R(3, 4), 1, 1, 2)],
+    "select": [C(R(3, 4), 1, 2), C(R(3, 4), 0, -1)],
+    "split": [C(R(5, 4), 2), C(R(5, 4), [2, 3]), C(R(5, 4), 3, dim=1)],
+    "split_with_sizes": [C(R(5, 4), [2, 3])],
+    "chunk": [C(R(5, 4), 2), C(R(5, 4), 3, dim=-1)],
+    "tensor_split": [C(R(5, 4), 3), C(R(5, 4), (1, 2), dim=1)],
+    "hsplit": [C(R(4, 4), 2)], "vsplit": [C(R(4, 4), 2)], "dsplit": [C(R(2, 2, 4), 2)],
+    "unbind": [X, C(R(2, 3), 1)],
+    "unfold": [on(Tensor, C(R(3, 7), 1, 3, 2)), on(F, C(R(2, 3, 5, 5), 2)),
+               on(F, C(R(2, 3, 5, 5), (2, 3), dilation=1, padding=1, stride=2))],
+    "fold": [C(R(2, 12, 16), (5, 5), 2), C(R(1, 8, 9), (6, 6), 2, stride=2)],
+    "diagonal": [C(R(3, 4)), C(R(3, 4), 1), C(R(2, 3, 4), dim1=1, dim2=2)],
+    "diag": [C(R(3)), C(R(3, 3)), C(R(3, 4), 1)],
+    "diag_embed": [X, C(R(2, 3), 1)],
+    **dict.fromkeys(("tril", "triu"), [C(R(3, 4)), C(R(2, 3, 4), 1), C(R(3, 4), diagonal=-1)]),
+    "index_select": [C(R(4, 3), 0, index(2, 0, 2)), C(R(4, 3), dim=1, index=index(1))],
+    "gather": [C(R(3, 4), 1, rows), C(R(3, 4), dim=0, index=rows % 3)],
+    "take": [C(R(3, 4), index(0, 5, 5))],
+    "take_along_dim": [C(R(3, 4), rows, 1), C(R(3, 4), index(1, 0))],
+    "masked_select": [C(R(3, 4), mask34), C(R(3, 4), ~mask34 & mask34)],
+    "pixel_shuffle": [C(R(1, 4, 2, 3), 2)],
+    "pixel_unshuffle": [C(R(1, 1, 4, 6), 2)],
+    "channel_shuffle": [C(R(2, 4, 3, 3), 2)],
+    "native_channel_shuffle": [C(R(2, 4, 3, 3), 2)],
+    **dict.fromkeys(("atleast_1d", "atleast_2d", "atleast_3d"), [
+        C(R()), C(R(3)), C(R(2, 2)), C(R(), R(3)), C([R(3), R()])]),
+    "to": [C(R(2, 3), torch.float32), C(R(2, 3), torch.long), C(R(2, 3), "cpu"),
+           C(R(2, 3), dtype=torch.float64), C(R(2, 3), torch.zeros(1))],
+    "type": [C(R(2, 3), torch.float32), C(R(2, 3)), C(R(2, 3), "torch.LongTensor")],
+    **dict.fromkeys(("float", "double", "half", "bfloat16", "cpu"), [X]),
+    "cuda": [but(X, cuda=True)], "pin_memory": [but(X, cuda=True, strided=False)],
+    "sum": [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1), keepdim=True), C(R(3, 4), dim=-1),
+            C(R(3, 4), dtype=torch.float32), C(R(0, 4)), C(R(0, 4), 0)],
+    "mean": [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1), True), C(R(3, 4), dim=-1, keepdim=True)],
+    "cumsum": [C(R(3, 4), 1), C(R(3, 4), dim=0)],
+    "trace": [C(R(3, 3))],
+    "__getitem__": [C(R(3, 4), 1), C(R(3, 4), (slice(None), slice(0, 4, 2))), C(R(3, 4), ...),
+                    C(R(3, 4), (None, -1)), C(R(3, 4), index(2, 0, 2)), C(R(3, 4), mask34),
+                    C(R(3, 4), (index(0, 1), slice(1, 3))), C(R(3, 4), (slice(2, 2),)),
+                    C(R(3, 4), [0, 2])],
+    "Tensor.T": [X], "Tensor.mT": [C(R(2, 3, 4))], "Tensor.H": [X], "Tensor.mH": [C(R(2, 3, 4))],
+    "Tensor.real": [X], "real": [X],
+    "view": [C(R(2, 6), 3, 4), C(R(2, 6), (3, -1)), C(R(2, 0), 0, 5)],
+    "view_as": [C(R(2, 6), torch.zeros(3, 4))],
+    "expand_as": [C(R(1, 3), torch.zeros(2, 3))],
+    "reshape_as": [C(R(2, 6), torch.zeros(3, 4)), C(R(2, 6), R(3, 4))],
+    "type_as": [C(R(2, 3), torch.zeros(1)), C(R(2, 3), R(1))],
+    **dict.fromkeys(("cat", "concat", "concatenate"), [
+        C([R(2, 3), R(1, 3)]), C((R(2, 3), R(2, 2), torch.ones(2, 1)), 1), C([R(2, 3), R(2, 0)], dim=-1)]),
+    "stack": [C([R(2, 3), R(2, 3)]), C((R(3), torch.ones(3)), dim=1)],
+    **dict.fromkeys(("hstack", "vstack", "dstack"), [C([R(2, 3), R(2, 3)]), C((R(3), torch.ones(3)))]),
+    "broadcast_tensors": [C(R(2, 1), R(3)), C(R(2, 1), torch.ones(3), R())],
+    "pad": [C(R(2, 3), (1, 2)), C(R(2, 3), (1, -1, 0, 2), "constant", 3.0),
+            C(R(1, 2, 5), (1, 2), mode="reflect"), C(R(1, 2, 5), (1, 2), mode="circular"),
+            C(R(1, 2, 5), (1, 2), mode="replicate")],
+    "constant_pad_nd": [C(R(2, 3), (1, 2)), C(R(2, 3), (1, 2), 3.0), C(R(2, 3), (0, 1), value=-inf)],
+    "where": [*(on(torch, c) for c in (C(mask34, R(3, 4), R(3, 4)), C(mask34, R(4), R(3, 1)),
+              C(mask34, R(), 2.0), C(mask34, -inf, R(3, 4)), C(mask34[0], R(3, 4), R(4)))),
+              on(Tensor, C(R(3, 4), mask34, R(4))), on(Tensor, C(R(3, 4), mask34, 0.0))],
+    "masked_fill": [C(R(3, 4), mask34, 2.0), C(R(3, 4), mask34[0], -inf), C(R(3, 4), mask34, R()),
+                    C(R(1, 4), mask34, 0.0)],
+    **dict.fromkeys(("scatter", "scatter_add"), [C(R(4, 4), 1, rows.sort(1)[0].new_tensor(
+        [[0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]]), R(3, 4)),
+        C(R(4, 4), dim=0, index=index([0, 1, 2, 3]), src=torch.ones(1, 4, dtype=torch.float64))]),
+    "index_copy": [C(R(4, 3), 0, index(2, 0), R(2, 3))],
+    "index_add": [C(R(4, 3), 0, index(2, 2), R(2, 3)), C(R(4, 3), 1, index(0), R(4, 1))],
+    "index_fill": [C(R(4, 3), 0, index(2, 0), 1.5), C(R(4, 3), 0, index(2, 0), R())],
+    "index_put": [C(R(4, 3), (index(2, 0),), R(2, 3)), C(R(4, 3), (index(2, 0), index(1, 1)), R())],
+    "masked_scatter": [C(R(3, 4), mask34, R(12))],
+    "select_scatter": [C(R(4, 3), R(4), 1, 2)],
+    "slice_scatter": [C(R(4, 3), R(4, 3)), C(R(4, 3), R(2, 3), 0, 1, 3),
+                      C(R(4, 3), R(2, 3), start=2)],
+    "diagonal_scatter": [C(R(3, 3), R(3)), C(R(3, 3), R(2), 1), C(R(3, 3), R(2), offset=-1)],
+}  # fmt: skip
+
+SAMPLING: Table = {
+    "interpolate": [C(image, scale_factor=2), C(image, (3, 7), mode="bilinear"),
+                    C(image, size=(7, 3), mode="bilinear", align_corners=True),
+                    C(image, (7, 7), mode="bicubic", antialias=True),
+                    C(image, (3, 4), mode="bilinear", antialias=True),
+                    C(R(1, 2, 5), 7, mode="linear"), C(image, (3, 3), mode="area")],
+    "upsample": [C(image, scale_factor=2), C(image, (3, 7), mode="bilinear", align_corners=True)],
+    "avg_pool1d": [C(R(2, 3, 8), 2), C(R(2, 3, 8), 3, 2, 1)],
+    "avg_pool2d": [C(image, 2), C(image, (2, 3), stride=1, padding=1, count_include_pad=False)],
+    "avg_pool3d": [C(volume, 2)],
+    "adaptive_avg_pool1d": [C(R(2, 3, 8), 1), C(R(2, 3, 8), 3)],
+    "adaptive_avg_pool2d": [C(image, (1, 1)), C(image, (2, 3)), C(image, 2)],
+    "adaptive_avg_pool3d": [C(volume, (1, 2, 3))],
+}  # fmt: skip
+
+# The interval in which a function is smooth, where it is not the whole line.
+DOMAINS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("log", "log2", "log10", "sqrt", "rsqrt"), (0.1, 3.0)),
+    "reciprocal": (0.5, 2.0), "log1p": (-0.9, 2.0), "asin": (-0.9, 0.9), "acos": (-0.9, 0.9),
+    "tan": (-1.2, 1.2), "relu6": (-9, 9), "hardswish": (-5, 5), "hardsigmoid": (-5, 5),
+}  # fmt: skip
+UNARY = (
+    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asin acos "
+    "atan erf erfc abs absolute tanh sigmoid softsign tanhshrink log_sigmoid nan_to_num relu relu6 silu "
+    "mish hardswish hardsigmoid selu"
+).split()
+
+
+def unary(name: str) -> list[Case]:
+    low, high = DOMAINS.get(name, (0, 0))
+    return [C(R(*s, low=low, high=high)) for s in ((3, 4), (), (1,), (0, 3))]
+
+
+BROADCAST = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(), R(2, 3)), C(R(3, 4), 2.5), C(R(0, 3), R(3)),
+             C(R(2, 3), index(1, 2, 3))]  # fmt: skip
+QUOTIENT = [C(R(3, 4), R(3, 4, low=1, high=2)), C(R(3, 1), R(4, low=1, high=2)), C(R(2, 3), 2.5),
+            C(index(1, 2, 3), R(2, 3, low=1, high=2)),
+            C(R(3, 4), R(4, low=1, high=2), rounding_mode="floor")]  # fmt: skip
+positive = R(3, 4, low=0.3, high=2)
+CLAMP = [C(R(3, 4), -0.5, 0.5), C(R(3, 4), min=-0.5), C(R(3, 4), max=0.5), C(R(4, 4, ties=True), 0, 1),
+         C(R(3, 4), R(3, 4), R(4)), C(R(3, 4), max=R(4)),
+         C(R(5, 5, ties=True), R(5, 5, ties=True), R(5, 5, ties=True))]  # fmt: skip
+CHOICE = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(5, 5, ties=True), R(5, 5, ties=True))]
+DROPOUT = [on(F, C(R(3, 4), 0.5, True)), on(F, C(R(3, 4), 0.5, training=False)),
+           on(F, C(R(3, 4), p=0.0)), on(F, C(R(3, 4), 1.0))]  # fmt: skip
+
+ELEMENTWISE: Table = {
+    **{name: unary(name) for name in UNARY},
+    "gelu": [*SHAPES, C(R(3, 4), approximate="tanh")],
+    "leaky_relu": [*SHAPES, C(R(3, 4), 0.2), C(R(3, 4), negative_slope=0.3)],
+    "elu": [*SHAPES, C(R(3, 4), 0.5), C(R(3, 4), alpha=1.5)],
+    "hardtanh": [*SHAPES, C(R(3, 4), -0.5, 0.7), C(R(3, 4), min_val=-0.1)],
+    "softplus": [*SHAPES, C(R(3, 4), 2), C(R(3, 4), threshold=0.5)],
+    "add": [*BROADCAST, C(R(3, 4), R(4), alpha=2), C(R(3, 4), 2, alpha=3)],
+    **dict.fromkeys(("sub", "subtract"), [*BROADCAST, C(R(3, 1), R(4), alpha=2)]),
+    **dict.fromkeys(("mul", "multiply"), [*BROADCAST, C(R(3, 4), mask34)]),
+    **dict.fromkeys(("div", "divide"), QUOTIENT),
+    "true_divide": QUOTIENT[:-1],
+    "pow": [C(positive, 2), C(positive, -1.5), C(R(3, 4), 3), C(R(3, 4), 0), C(R(3, 3, ties=True), 1),
+            C(R(3, 3, ties=True), 2), C(positive, R(4)), on(torch, C(2.0, R(3))),
+            C(R(3, 4), index(0, 1, 2, 3)), C(R(3, 3, ties=True), index(0, 1, 2)),
+            C(torch.tensor([0.0, 2.0]), R(2, low=1, high=2))],
+    "__rsub__": [C(R(3, 4), 2.0), C(R(3, 1), R(4))],
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), [C(positive, 2.0)]),
+    "__rpow__": [C(R(3, 4), 2.0), C(R(3, 4), 3)],
+    "rsub": [C(R(3, 4), 2.0), C(R(3, 1), R(4)), C(R(3, 1), R(4), alpha=2)],
+    "addcmul": [C(R(3, 4), R(3, 4), R(3, 4)), C(R(3, 4), R(4), R(3, 1), value=0.5)],
+    "addcdiv": [C(R(3, 4), R(3, 4), positive), C(R(3, 4), R(4), positive, value=0.5)],
+    "lerp": [C(R(3, 4), R(3, 4), 0.3), C(R(3, 4), R(4), R(3, 4)), C(R(3, 4), R(3, 4), weight=R())],
+    **dict.fromkeys(("clamp", "clip"), CLAMP),
+    "clamp_min": [C(R(3, 4), 0.2), C(R(5, 5, ties=True), R(5, 5, ties=True))],
+    "clamp_max": [C(R(3, 4), 0.2), C(R(5, 5, ties=True), R(5, 5, ties=True))],
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), CHOICE),
+    "dropout": [*DROPOUT, on(torch, C(R(3, 4), 0.5, True)), on(torch, C(R(3, 4), 0.5, False))],
+    "dropout1d": [on(F, C(R(2, 3, 4), 0.5))],
+    "dropout2d": [on(F, C(image, 0.5)), on(F, C(image, 0.5, False))],
+    "dropout3d": [on(F, C(volume, 0.5))],
+}  # fmt: skip
+
+channels4, filters = R(4), R(6, 4, 3, 3)
+LINEAR: Table = {
+    **dict.fromkeys(("matmul", "__matmul__"), [
+        C(R(3, 4), R(4, 5)), C(R(4), R(4)), C(R(4), R(4, 5)), C(R(3, 4), R(4)), C(R(2, 3, 4), R(4, 5)),
+        C(R(2, 1, 3, 4), R(5, 4, 2)), C(R(0, 4), R(4, 5)), C(R(3, 0), R(0, 5)), C(R(1, 1), R(1, 1))]),
+    "__rmatmul__": [C(R(4, 5), R(3, 4)), C(R(4), R(4))],
+    "mm": [C(R(3, 4), R(4, 5)), C(R(0, 4), R(4, 5))], "bmm": [C(R(2, 3, 4), R(2, 4, 5))],
+    "mv": [C(R(3, 4), R(4))], "dot": [C(R(4), R(4))], "vdot": [C(R(4), R(4))],
+    "inner": [C(R(3, 4), R(5, 4)), C(R(4), R(4))], "outer": [C(R(3), R(4))], "ger": [C(R(3), R(4))],
+    "kron": [C(R(2, 3), R(3, 2)), C(R(2), R(3))],
+    "linear": [C(R(2, 3, 4), R(5, 4), R(5)), C(R(3, 4), R(5, 4)), C(R(4), R(5, 4), R(5)),
+               C(R(0, 4), R(5, 4), R(5)), C(R(3, 4), R(4)), C(R(3, 0), R(5, 0), R(5)),
+               C(R(3, 4), R(0, 4)), C(R(2, 3, 4), weight=torch.ones(5, 4, dtype=torch.float64))],
+    "bilinear": [C(R(2, 3), R(2, 4), R(5, 3, 4), R(5)), C(R(2, 3), R(2, 4), R(5, 3, 4), None)],
+    "addmm": [C(R(5), R(3, 4), R(4, 5)), C(R(3, 5), R(3, 4), R(4, 5), beta=0.5, alpha=2)],
+    "addmv": [C(R(3), R(3, 4), R(4)), C(R(3), R(3, 4), R(4), beta=2)],
+    "addr": [C(R(3, 4), R(3), R(4)), C(R(3, 4), R(3), R(4), alpha=-1)],
+    "baddbmm": [C(R(2, 3, 5), R(2, 3, 4), R(2, 4, 5)), C(R(5), R(2, 3, 4), R(2, 4, 5), beta=0.5, alpha=2)],
+    "addbmm": [C(R(3, 5), R(2, 3, 4), R(2, 4, 5)), C(R(3, 5), R(2, 3, 4), R(2, 4, 5), beta=0.5)],
+    "einsum": [C("ij,jk->ik", R(3, 4), R(4, 5)), C("bhid,bhjd->bhij", R(2, 2, 3, 4), R(2, 2, 5, 4)),
+               C("ii->i", R(3, 3)), C("i,i,i->", R(4), R(4), R(4)), C("...i,ji", R(2, 3, 4), R(5, 4)),
+               C("ij,j->i", [R(3, 4), R(4)])],
+    "tensordot": [C(R(2, 3, 4), R(3, 4, 5)), C(R(2, 3), R(3, 2), dims=([0, 1], [1, 0])), C(R(2), R(3), 0)],
+    "conv1d": [C(R(2, 4, 7), R(6, 4, 3), R(6)), C(R(2, 4, 7), R(4, 1, 3), None, 2, 1, 1, 4),
+               C(R(4, 7), R(6, 4, 3), R(6), padding="same")],
+    "conv2d": [C(image, filters, R(6)), C(image, filters, R(6), stride=2, padding=1),
+               C(image, filters, dilation=2), C(image, R(4, 2, 3, 3), R(4), (1, 2), (2, 0), 1, 2),
+               C(image, R(4, 1, 3, 3), groups=4, padding="same"), C(R(0, 4, 5, 6), filters, R(6)),
+               C(R(2, 3, 8, 8), R(5, 3, 4, 4), R(5), stride=4), C(R(4, 5, 6), filters, R(6))],
+    "conv3d": [C(volume, R(3, 2, 2, 2, 2), R(3))],
+    "conv_transpose1d": [C(R(2, 4, 7), R(4, 3, 3), R(3), stride=2, output_padding=1)],
+    "conv_transpose2d": [C(image, R(4, 3, 3, 3), R(3)), C(image, R(4, 2, 2, 2), None, 2, 1, 0, 2, 1)],
+    "conv_transpose3d": [C(volume, R(2, 3, 2, 2, 2), R(3))],
+    # backward gives the padding row no gradient, its tangent counts nevertheless: not an adjoint pair
+    "embedding": [C(rows, R(5, 3)), C(index(1, 1), R(5, 3)), but(C(rows, R(5, 3), 0), adjoint=False)],
+}  # fmt: skip
+
+running_mean, running_var = torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).double()
+NORM: Table = {
+    "layer_norm": [C(R(2, 3, 8), (8,), R(8), R(8)), C(R(2, 3, 4), (3, 4), R(3, 4), R(3, 4)), C(R(3, 8), (8,)),
+                   C(R(3, 8), (8,), R(8)), C(R(3, 8), [8], None, R(8)), C(R(0, 8), (8,), R(8), R(8)),
+                   C(R(3, 7), (7,), R(7), R(7), 1e-2), C(R(3, 8), (8,), weight=R(8), eps=1e-6)],
+    "rms_norm": [C(R(2, 3, 8), (8,), R(8)), C(R(2, 3, 4), (3, 4), R(3, 4)), C(R(3, 8), (8,)),
+                 C(R(3, 7), (7,), R(7), 1e-2), C(R(3, 8), (8,), weight=R(8), eps=1e-6),
+                 C(R(0, 8), (8,), R(8))],
+    "group_norm": [C(image, 2, R(4), R(4)), C(image, 4), C(image, 1, R(4)), C(image, 2, None, R(4)),
+                   C(R(2, 4), 2, R(4), R(4)), C(R(0, 4, 3), 2, R(4), R(4)), C(image, 2, eps=0.1)],
+    "batch_norm": [*(on(F, c) for c in (C(image, running_mean, running_var, R(4), R(4)),
+                   C(image, running_mean, running_var), C(R(3, 4), running_mean, running_var, R(4)),
+                   C(image, running_mean, running_var, weight=R(4), bias=R(4), eps=0.1))),
+                   on(torch, C(image, R(4), R(4), running_mean, running_var, False, 0.1, 1e-5, False))],
+    "instance_norm": [C(image), C(image, weight=R(4), bias=R(4)), C(image, None, None, R(4)),
+                      C(image, running_mean, running_var, R(4), R(4), use_input_stats=False)],
+    "normalize": [C(R(3, 4)), C(R(3, 4), dim=0), C(R(3, 4), 2.0, -1), C(R(2, 3, 4), dim=(1, 2)),
+                  C(R(3, 4), eps=2.0)],
+}  # fmt: skip
+
+constant_dim = C(torch.zeros(2, 1), R(2, 3))
+EXTREME = [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), 0, True), C(R(3, 4), dim=-1, keepdim=True),
+           C(R(5, 5, ties=True)), C(R(1, 4), 0)]  # fmt: skip
+SPREAD = [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1)), C(R(3, 4), -1, False, True), C(R(3, 4), unbiased=False),
+          C(R(3, 4), dim=0, keepdim=True), C(R(3, 4), False), C(R(3, 4), (1,), False),
+          C(R(3, 1), -1, False), C(R(1, 3), 1)]  # fmt: skip
+NORMS = [C(R(3, 4)), C(R(3, 4), dim=1), C(R(3, 4), 2, 1, True), C(R(4), 2), C(R(2, 3, 4), dim=(0, 2))]
+REDUCTION: Table = {
+    "softmax": [C(R(3, 4), -1), C(R(3, 4), dim=0), C(R(2, 3, 4), 1), C(R(0, 4), -1), C(R(3, 1), 1),
+                C(R(3, 4), dim=1, dtype=torch.float32)],
+    "log_softmax": [C(R(3, 4), -1), C(R(3, 4), dim=0), C(R(0, 4), 1), C(R(3, 4), dim=1, dtype=torch.float32)],
+    "logsumexp": [C(R(3, 4), 1), C(R(3, 4), (0, 1)), C(R(3, 4), dim=-1, keepdim=True), C(R(0, 4), 1)],
+    "max": EXTREME, "min": EXTREME,
+    "topk": [C(R(3, 4), 2), C(R(3, 4), 2, 0, False), C(R(3, 4), k=1, dim=1)],
+    "sort": [C(R(3, 4)), C(R(3, 4), 0, True), C(R(3, 4), descending=True)],
+    **dict.fromkeys(("amax", "amin"), [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1), keepdim=True),
+                    C(R(5, 5, ties=True), dim=-1), C(R(5, 5, ties=True)), C(R(2, 1, 3), dim=(0, 2))]),
+    "var": SPREAD, "std": SPREAD,
+    "norm": [*NORMS, C(R(3, 4), "fro", 0)],
+    "linalg_vector_norm": NORMS,
+    "linalg_norm": [C(R(3, 4)), C(R(3, 4), dim=1), C(R(4), 2), C(R(2, 3, 4), dim=(0, 2)),
+                    C(R(3, 4), None, 1, keepdim=True)],
+}  # fmt: skip
+
+
+def heads(t: int, h: int = 2) -> R:
+    return R(2, h, t, 4)
+
+
+allowed = torch.ones(3, 5, dtype=torch.bool).tril(1)
+blind = allowed.clone()
+blind[1] = False  # a query that may look at nothing
+additive = torch.zeros(3, 5, dtype=torch.float64).masked_fill(~allowed, -inf)
+E = 8
+weights = (R(3 * E, E), R(3 * E), None, None, False, 0.0, R(E, E), R(E))
+
+
+def multi_head(q: R, k: R, v: R, *rest: Any, **kwargs: Any) -> Case:
+    return C(q, k, v, E, 2, *(rest or weights), **kwargs)
+
+
+late = torch.zeros(2, 5, dtype=torch.bool)
+late[1, 3:] = True
+query, key = R(3, 2, E), R(5, 2, E)
+separate = (None, R(3 * E), None, None, False, 0.0, R(E, E), R(E))
+ATTENTION: Table = {
+    "scaled_dot_product_attention": [
+        C(heads(3), heads(5), heads(5)), C(heads(3), heads(5), heads(5), allowed),
+        C(heads(3), heads(5), heads(5), attn_mask=additive), C(heads(4), heads(4), heads(4), is_causal=True),
+        C(heads(3), heads(5), heads(5), is_causal=True), C(heads(3), heads(5), heads(5), blind),
+        C(heads(3), heads(5), heads(5), R(3, 5)), C(heads(3), heads(5), heads(5), R(2, 1, 3, 5), 0.0, False, 0.3),
+        C(heads(3), heads(5), heads(5), R(2, 1, 1, 5)), C(heads(3), heads(5), heads(5), scale=2.0),
+        C(heads(3, 4), heads(5), heads(5), enable_gqa=True), C(R(3, 4), R(5, 4), R(5, 6)),
+        C(heads(3, 4), heads(5), heads(5), allowed, enable_gqa=True, scale=0.2),
+        C(R(2, 3, 4), R(2, 5, 4), R(2, 5, 4)), C(R(0, 2, 3, 4), R(0, 2, 3, 4), R(0, 2, 3, 4)),
+        C(heads(1), heads(1), heads(1)), C(R(1, 2, 3, 4), heads(5), heads(5)),
+    ],
+    "multi_head_attention_forward": [
+        multi_head(query, query, query), multi_head(query, key, key),
+        multi_head(query, key, R(5, 2, E), need_weights=False),
+        multi_head(query, key, key, key_padding_mask=late),
+        multi_head(query, key, key, key_padding_mask=late, need_weights=False),
+        multi_head(query, key, key, attn_mask=~allowed, need_weights=False),
+        multi_head(query, key, key, attn_mask=additive, average_attn_weights=False),
+        multi_head(R(4, 2, E), R(4, 2, E), R(4, 2, E), need_weights=False, is_causal=True,
+                   attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1)),
+        multi_head(R(3, E), R(5, E), R(5, E), need_weights=False),
+        multi_head(query, key, key, R(3 * E, E), None, None, None, False, 0.0, R(E, E), None),
+        multi_head(query, key, key, R(3 * E, E), R(3 * E), R(1, 1, E), R(1, 1, E), True, 0.0, R(E, E), R(E)),
+        multi_head(query, R(5, 2, 6), R(5, 2, 7), *separate, use_separate_proj_weight=True,
+                   q_proj_weight=R(E, E), k_proj_weight=R(E, 6), v_proj_weight=R(E, 7), need_weights=False),
+    ],
+}  # fmt: skip
+
+CASES: Table = {**SHAPE, **SAMPLING, **ELEMENTWISE, **LINEAR, **NORM, **REDUCTION, **ATTENTION}
+ALIASES = {
+    "special_exp2": "exp2", "special_expm1": "expm1", "special_log1p": "log1p", "special_erf": "erf",
+    "special_erfc": "erfc", "special_expit": "sigmoid", "special_logsumexp": "logsumexp",
+}  # fmt: skip
+CASES |= {alias: CASES[name] for alias, name in ALIASES.items()}
+# torch.special takes dim and dtype by position alone in the first and has no dtype default
+CASES |= {f"special_{name}": CASES[name] for name in ("softmax", "log_softmax")}

@@ -1,0 +1,159 @@
+"""Float64 truth through ``torch.func.jvp``, and one measure of error for all dtypes.
+
+Errors are relative errors in norm, in units of the rounding (eps) of the dtype that was computed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from tangentfast import LinearizedModel, linearize
+
+# One function: sums of tens of terms, so that a few roundings are all there is.
+TOLERANCE = {torch.float64: 32.0, torch.float32: 32.0}
+
+# A whole model (DESIGN.md, section 6): (output, each gradient), relative in norm.
+CONTRACT = {torch.float64: (1e-12, 1e-11), torch.float32: (2e-6, 2e-5)}
+
+
+@contextlib.contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Inside, torch takes no kernel that ``torch.func.jvp`` cannot differentiate."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def floats(tree: Any) -> list[Tensor]:
+    """The floating-point tensors of any structure."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def relative(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
+    """‖got − truth‖ / max(‖truth‖, scale); infinite where shapes differ or one alone is not finite."""
+    if got.shape != truth.shape:
+        return float("inf")
+    got, truth = got.detach().double(), truth.detach().double()
+    odd = ~truth.isfinite()
+    if not torch.equal(torch.where(odd, got, 0), torch.where(odd, truth, 0)) and not (
+        torch.equal(got.isnan(), truth.isnan())
+        and torch.equal(got[truth.isinf()], truth[truth.isinf()])
+    ):
+        return float("inf")
+    distance = torch.where(odd, 0, got - truth).norm().item()
+    if distance == 0:
+        return 0.0
+    size = max(torch.where(odd, 0, truth).norm().item(), scale)
+    return distance / size if size and distance == distance else float("inf")
+
+
+def units(got: Any, truth: Any, dtype: torch.dtype | None = None) -> float:
+    """The largest error over all floating tensors, in roundings of `dtype` (or of the tensor's own)."""
+    pairs = list(zip(floats(got), floats(truth), strict=True))
+    return max(
+        (relative(a, b) / torch.finfo(dtype or a.dtype).eps for a, b in pairs), default=0.0
+    )
+
+
+def torch_jvp(
+    fn: Callable[..., Any], args: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Any, Any]:
+    """(y, dy) by ``torch.func.jvp``. `tangents`: one for each leaf of `args`, None for a constant."""
+    leaves, spec = tree_flatten(list(args))
+    active = [i for i, t in enumerate(tangents) if t is not None]
+    shape: dict[str, Any] = {}
+
+    def call(*xs: Tensor) -> tuple[Tensor, ...]:
+        values = list(leaves)
+        for i, x in zip(active, xs, strict=True):
+            values[i] = x
+        out, shape["spec"] = tree_flatten(fn(*tree_unflatten(values, spec)))
+        shape["rest"] = [None if isinstance(y, Tensor) else y for y in out]
+        return tuple(y for y in out if isinstance(y, Tensor))
+
+    with differentiable_kernels():
+        ys, dys = torch.func.jvp(
+            call, tuple(leaves[i].detach() for i in active), tuple(tangents[i] for i in active)
+        )
+
+    def whole(tensors: Sequence[Tensor]) -> Any:
+        rest = iter(tensors)
+        found = [next(rest) if y is None else y for y in shape["rest"]]
+        return tree_unflatten(found, shape["spec"])
+
+    return whole(ys), whole(dys)
+
+
+def torch_linearized(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], taus: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """f(x; θ0) + J(x) τ by ``torch.func.jvp``, every floating tensor; differentiable by τ."""
+    theta = {n: p.detach() for n, p in model.named_parameters()}
+
+    def f(moved: dict[str, Tensor]) -> list[Tensor]:
+        return floats(torch.func.functional_call(model, {**theta, **moved}, tuple(args), dict(kwargs)))
+
+    with differentiable_kernels():
+        ys, dys = torch.func.jvp(f, ({n: theta[n] for n in taus},), (dict(taus),))
+    return [y + dy for y, dy in zip(ys, dys, strict=True)]
+
+
+def random_tau(lin: LinearizedModel, size: float = 0.3) -> None:
+    """A task vector in which every weight matters."""
+    with torch.no_grad():
+        for tau in lin.tau.values():
+            tau.normal_().mul_(size * max(tau.shape[-1:], default=1) ** -0.5)
+
+
+def model_errors(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    params: Any = "all",
+    truth: nn.Module | None = None,
+    zero: float = 1e-12,
+) -> tuple[float, float, LinearizedModel]:
+    """Largest relative error of the outputs and of the gradients, against `truth` (`model` itself).
+
+    The loss is ⟨out, u⟩ for a random u. A gradient that is zero in exact arithmetic (a key's bias under
+    softmax) is a rounding error in both: below `zero` × the largest gradient it is measured against that.
+    """
+    lin = linearize(model, params)
+    random_tau(lin)
+    out = floats(lin(*args, **kwargs))
+    us = [torch.randn_like(o) for o in out]
+    torch.autograd.backward(out, us)
+
+    exact = model if truth is None else truth
+    dtype = next(exact.parameters()).dtype
+    args, kwargs = converted(args, dtype), converted(kwargs, dtype)
+    taus = {n: t.detach().to(dtype).requires_grad_() for n, t in lin.tau.items()}
+    ref = torch_linearized(exact, args, kwargs, taus)
+    torch.autograd.backward(ref, [u.to(dtype) for u in us])
+
+    largest = max(float(t.grad.norm()) for t in taus.values() if t.grad is not None)
+    worst = 0.0
+    for name, tau in taus.items():
+        want = torch.zeros_like(tau) if tau.grad is None else tau.grad
+        grad = lin.tau[name].grad
+        scale = largest if want.norm() <= zero * largest else 0.0
+        worst = max(worst, relative(torch.zeros_like(tau) if grad is None else grad, want, scale))
+    return max(relative(a, b) for a, b in zip(out, ref, strict=True)), worst, lin
+
+
+def converted(tree: Any, dtype: torch.dtype) -> Any:
+    """Every floating tensor of `tree` in `dtype`."""
+    leaves, spec = tree_flatten(tree)
+    moved = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    return tree_unflatten(moved, spec)
