@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 class FullNTK:
     """Full NTK linearization, ``torch.func.jvp`` and backward through it.
 
-    Ortiz-Jimenez et al. (2023), arXiv:2305.12827, section 4: f(x; θ0) + J(x) τ by one Jacobian-vector
-    product. Attention runs on the math backend, the only one with a forward derivative.
+    Ortiz-Jimenez et al. (2023), arXiv:2305.12827, section 4: f(x; θ0) + J(x) τ by one
+    Jacobian-vector product. Attention runs on the math backend, the only one with a forward
+    derivative.
     """
 
     def __init__(self, model: nn.Module):

@@ -3,8 +3,8 @@
     pytest benchmarks/bench_step.py
 
 The variants are interleaved and the ratios are medians over rounds, so that a disturbance of the
-machine meets all of them. Memory is the peak of the process over its size at rest, measured in a fresh
-process for each variant (Linux).
+machine meets all of them. Memory is the peak of the process over its size at rest, measured in a
+fresh process for each variant (Linux).
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def test_step(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
             ratio, speed = statistics.median(over), statistics.median(faster)
             benchmark.extra_info[name] = {"× ordinary": ratio, "× faster than jvp": speed}
             print(
-                f"{name:24s} {statistics.median(seconds[name]):6.2f} s  {ratio:5.2f} × ordinary step"
+                f"{name:24s} {statistics.median(seconds[name]):6.2f} s  {ratio:5.2f} × ordinary "
+                "step"
                 f"  {speed:5.2f} × faster than torch.func.jvp"
             )
 

@@ -1,7 +1,7 @@
 """tangentfast: task arithmetic in the tangent space of large networks.
 
-``linearize`` a model around its pre-trained weights, fine-tune τ with an ordinary backward, ``merge_`` many
-task vectors in one pass over memory, and take ``jvp`` along one or many directions.
+``linearize`` a model around its pre-trained weights, fine-tune τ with an ordinary backward,
+``merge_`` many task vectors in one pass over memory, and take ``jvp`` along one or many directions.
 """
 
 from tangentfast.info import info

@@ -1,9 +1,10 @@
 """Anchored parameters: θ0 as it is, tied to the τ that is trained.
 
 A module whose parameters are trained in tangent space keeps θ0 under its own name and τ beside it
-(``weight`` and ``weight_tau``), so that sharding, moving and saving the module treat both alike. Its class
-is replaced by a subclass in which reading ``weight`` during a pass gives the dual number (θ0, τ); the
-primal is an identity whose backward delivers the gradient to τ. Outside a pass it is plain θ0.
+(``weight`` and ``weight_tau``), so that sharding, moving and saving the module treat both alike.
+Its class is replaced by a subclass in which reading ``weight`` during a pass gives the dual number
+(θ0, τ); the primal is an identity whose backward delivers the gradient to τ. Outside a pass it is
+plain θ0.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ class Anchor(torch.autograd.Function):
     """θ0, whose gradient goes to τ: f_lin is linear in τ, so ∂L/∂τ = J(θ0)ᵀ ∂L/∂f_lin."""
 
     @staticmethod
-    def forward(ctx: Any, theta0: Tensor, tau: Tensor) -> Tensor:
+    def forward(ctx: Any, theta0: Tensor, tau: Tensor) -> Tensor:  # noqa: D102
         ctx.dtype = tau.dtype
         return theta0.view_as(theta0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # noqa: D102
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "double backward (create_graph=True) through a linearized model is not supported: its "
+                "double backward (create_graph=True) through a linearized model is not "
+                "supported: its "
                 "backward is that of the network at θ0, which is not the second derivative. Use "
                 "torch.func.jvp on the original model."
             )
@@ -46,7 +48,7 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
     tau = module._parameters[name + SUFFIX]
     primal = theta0
     if pass_.recording:
-        primal = Anchor.apply(theta0, tau)  # type: ignore[no-untyped-call]
+        primal = Anchor.apply(theta0, tau)
     return make_dual(primal, [tau.detach()] * pass_.k, pass_)  # type: ignore[union-attr]
 
 
@@ -63,7 +65,7 @@ def _anchored(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _restore(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    module: nn.Module = object.__new__(_anchored(cls, names))
+    module: nn.Module = object.__new__(_anchored(cls, names))  # type: ignore[arg-type]
     return module
 
 
@@ -76,7 +78,7 @@ def anchor(module: nn.Module, taus: dict[str, nn.Parameter]) -> None:
                 "expected that name to be free for τ. Was the model linearized before?"
             )
         module._parameters[name + SUFFIX] = tau
-    module.__class__ = _anchored(type(module), tuple(taus))
+    module.__class__ = _anchored(type(module), tuple(taus))  # type: ignore[arg-type]
 
 
 def anchored_names(module: nn.Module) -> tuple[str, ...]:

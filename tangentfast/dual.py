@@ -1,8 +1,8 @@
 """Dual numbers (y, dy): tensors that carry K tangents through ordinary PyTorch code.
 
 A `Dual` is a handle: an alias of its primal that intercepts every torch call through
-``__torch_function__``, above autograd. Only primals are passed on, so that whatever autograd saves is a
-plain tensor and a tangent dies with the last handle that carries it. A call is decided in this
+``__torch_function__``, above autograd. Only primals are passed on, so that whatever autograd saves
+is a plain tensor and a tangent dies with the last handle that carries it. A call is decided in this
 order: metadata, a write in place, the function's rule, the exact fallback.
 """
 
@@ -26,12 +26,14 @@ from tangentfast.rules.registry import Inexact, Rule, evaluate
 
 
 class Pass:
-    """One evaluation of a network on dual numbers: how many tangents, and what the user can be told.
+    """One evaluation of a network on dual numbers: how many tangents, and what the user can be
+    told.
 
-    `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing requires
-    grad but what depends on a tangent, so that a plain tensor with a graph has lost its tangent (it came
-    from code that takes a handle for an ordinary tensor). `anchors`: linearized parameters give
-    duals in this pass. `recording`: their gradient is wanted. `fallbacks`: counts (operation, module path).
+    `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing
+    requires grad but what depends on a tangent, so that a plain tensor with a graph has lost its
+    tangent (it came from code that takes a handle for an ordinary tensor). `anchors`: linearized
+    parameters give duals in this pass. `recording`: their gradient is wanted. `fallbacks`: counts
+    (operation, module path).
     """
 
     def __init__(
@@ -93,7 +95,8 @@ def running(pass_: Pass) -> Iterator[Pass]:
 
 
 class Dual(Tensor):
-    """A tensor with its tangents. `primal`: the plain tensor; `tangents`: K plain tensors or None."""
+    """A tensor with its tangents. `primal`: the plain tensor; `tangents`: K plain tensors or "
+    "None."""
 
     primal: Tensor
     tangents: tuple[Tensor | None, ...]
@@ -118,13 +121,9 @@ class Dual(Tensor):
 
 def make_dual(primal: Tensor, tangents: Sequence[Tensor | None], pass_: Pass) -> Dual:
     """The handle of a plain `primal`; each tangent has its shape and dtype."""
-    # In a strict pass the handle is a leaf of its own that requires grad: the mark by which a result
-    # is recognised that was computed from it past the rules.
-    handle = (
-        Tensor._make_subclass(Dual, primal, True)  # type: ignore[arg-type]
-        if pass_.strict
-        else primal.as_subclass(Dual)
-    )
+    # In a strict pass the handle is a leaf of its own that requires grad: the mark by which a
+    # result is recognised that was computed from it past the rules.
+    handle = Tensor._make_subclass(Dual, primal, True) if pass_.strict else primal.as_subclass(Dual)
     handle.primal = primal
     handle.tangents = tuple(tangents)
     handle.owner = pass_
@@ -175,7 +174,8 @@ class _Arguments:
         if isinstance(x, Tensor):
             if self.pass_.strict and x.requires_grad:
                 raise RuntimeError(
-                    f"{name_of(self.func)} in {self.pass_.where()} got a tensor that depends on the "
+                    f"{name_of(self.func)} in {self.pass_.where()} got a tensor that depends on "
+                    "the "
                     "trained parameters but has lost its tangent. Expected every such tensor to be "
                     "computed by torch functions in this forward. A custom autograd.Function, a "
                     "tensor kept from an earlier forward or an input that requires grad does this: "
@@ -191,12 +191,15 @@ class _Arguments:
         if x.owner is not self.pass_:
             raise RuntimeError(
                 f"{name_of(self.func)} got a tensor of an earlier, finished forward; its tangent "
-                "belongs to that one. Detach what you keep between forwards (caches: use_cache=False)."
+                "belongs to that one. Detach what you keep between forwards (caches: "
+                "use_cache=False)."
             )
         if x.version != version(x.primal):
             raise RuntimeError(
-                f"{name_of(self.func)} in {self.pass_.where()} got a tensor whose memory was written "
-                "in place through another tensor (a view, detach() or no_grad), so that its tangent is "
+                f"{name_of(self.func)} in {self.pass_.where()} got a tensor whose memory was "
+                "written "
+                "in place through another tensor (a view, detach() or no_grad), so that its "
+                "tangent is "
                 "out of date. Clone it before that write."
             )
 
@@ -244,7 +247,8 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
     if pass_ is None:
         raise RuntimeError(
             f"{name_of(func)} was called on a tensor that carries a tangent, after its forward had "
-            "finished. Take tensors from the outputs of the linearized model, or detach them inside "
+            "finished. Take tensors from the outputs of the linearized model, or detach them "
+            "inside "
             "the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
     if rule is not None and rule.kind == "forbidden":
@@ -278,7 +282,8 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
         raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {error}") from None
     if found is None:
         return _fall_back(func, args, kwargs, pass_, arguments)
-    return wrap(*found, pass_)
+    y, dys = found
+    return wrap(y, dys, pass_)
 
 
 def _plain_one(x: Any) -> Any:
@@ -319,12 +324,14 @@ def _refuse_no_grad(func: Callable[..., Any], pass_: Pass) -> None:
     """Autograd takes what is computed under ``no_grad`` for a constant; the derivative is none."""
     if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()} runs under no_grad on a tensor that has a tangent: "
+            f"{name_of(func)} in {pass_.where()} runs under no_grad on a tensor that has a "
+            "tangent: "
             "its gradient would be cut there and its tangent not. Use detach() for what should be "
             "a constant, or train only parameters after the no_grad block."
         )
     raise NotImplementedError(  # autograd.Function switches both modes off
-        f"a custom autograd.Function in {pass_.where()} has no rule for tangents ({name_of(func)} in its "
+        f"a custom autograd.Function in {pass_.where()} has no rule for tangents "
+        f"({name_of(func)} in its "
         "forward met one). Replace it by torch functions; for torch.utils.checkpoint pass "
         "use_reentrant=False."
     )

@@ -21,8 +21,8 @@ def fallback(
     """y, with its graph, and its K tangents.
 
     The function is evaluated once for the first tangent, primal and tangent together, and again for
-    each further one with the random state of the first, so that a random function stays one function.
-    Raises what ``torch.func.jvp`` raises where the function has no forward derivative.
+    each further one with the random state of the first, so that a random function stays one
+    function. Raises what ``torch.func.jvp`` raises where the function has no forward derivative.
     """
     leaves, spec = tree_flatten((tuple(args), kwargs))
     plain = [primal(x) for x in leaves]
@@ -61,7 +61,9 @@ def _jvp(
         structure["leaves"] = [None if isinstance(y, Tensor) else y for y in leaves]
         return tuple(y for y in leaves if isinstance(y, Tensor))
 
-    ys, dys = torch.func.jvp(tensors_of, tuple(plain[i] for i in active), tuple(tangents))
+    ys, dys = torch.func.jvp(  # type: ignore[misc]
+        tensors_of, tuple(plain[i] for i in active), tuple(tangents)
+    )
     return _fill(structure, ys), _fill(structure, [dy.detach() for dy in dys], tangent=True)
 
 

@@ -1,8 +1,8 @@
 """Writes in place on dual numbers: who shares the memory, and what their tangents become.
 
-All handles whose primals share one memory are registered at its root tensor (torch's ``_base``). After a
-write through one of them the tangents of the others follow. Where a tensor that is not known
-here shares the memory, the write is refused, or the reader notices by the version counter.
+All handles whose primals share one memory are registered at its root tensor (torch's ``_base``).
+After a write through one of them the tangents of the others follow. Where a tensor that is not
+known here shares the memory, the write is refused, or the reader notices by the version counter.
 """
 
 from __future__ import annotations
@@ -41,28 +41,43 @@ FORMS: dict[str, Callable[..., Any]] = {
     "__setitem__": _assign,
     "copy_": _overwrite,
     "fill_": _fill,
-    "squeeze_": Tensor.squeeze,
     **dict.fromkeys(
         ("zero_", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_"),
         _forget,
     ),
 }
-# These change what the tensor is, not what it holds; nothing sensible can be said of their tangents.
-_REFUSED = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "swapaxes_"}
+# These change what the tensor is, not what it holds; nothing sensible can be said of their
+# tangents.
+_REFUSED = {
+    "set_",
+    "resize_",
+    "resize_as_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+    "squeeze_",
+    "swapaxes_",
+}
 
 
 @cache
 def functional_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The functional form of a function that writes to its first argument; None for other functions."""
+    """The functional form of a function that writes to its first argument; None for other
+    functions.
+    """
     name = getattr(func, "__name__", "")
     if name in FORMS:
         return FORMS[name]
-    if not name.endswith("_") or name.startswith("_") or name in ("requires_grad_", "share_memory_"):
+    if (
+        not name.endswith("_")
+        or name.startswith("_")
+        or name in ("requires_grad_", "share_memory_")
+    ):
         return None
     if name not in _REFUSED:
         for room in (Tensor, torch, F):
             if hasattr(room, name) and hasattr(room, name[:-1]):
-                return getattr(room, name[:-1])  # type: ignore[no-any-return]
+                return getattr(room, name[:-1])
     raise NotImplementedError(
         f"{name}: a write in place without a functional form cannot carry a tangent; "
         f"use {name[:-1]} and assign its result."
@@ -75,12 +90,14 @@ def version(tensor: Tensor) -> int:
 
 
 class Sharers:
-    """The handles of one pass by the memory that their primals read: the root of the view they are."""
+    """The handles of one pass by the memory that their primals read: the root of the view they "
+    "are."""
 
     def __init__(self) -> None:
         self._by_root: dict[int, list[weakref.ref[Any]]] = {}
 
     def add(self, handle: Any) -> None:
+        """Remember `handle` for as long as it lives."""
         root = root_of(handle.primal)
         self._by_root.setdefault(id(root), []).append(weakref.ref(handle))
 
@@ -103,11 +120,14 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
     if 0 in primal.stride() and any(
         s == 0 and n > 1 for s, n in zip(primal.stride(), primal.shape, strict=True)
     ):
-        raise RuntimeError(f"{name} in {pass_.where()} writes to an expanded tensor; clone it first.")
+        raise RuntimeError(
+            f"{name} in {pass_.where()} writes to an expanded tensor; clone it first."
+        )
     root = root_of(primal)
     if isinstance(root, nn.Parameter):
         raise RuntimeError(
-            f"{name} in {pass_.where()} writes to a parameter in place; a pass on dual numbers leaves "
+            f"{name} in {pass_.where()} writes to a parameter in place; a pass on dual numbers "
+            "leaves "
             "parameters as they are. Write to a clone."
         )
     if type(target) is dual or type(root) is dual or pass_.sharers.of(root):
@@ -118,7 +138,8 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
     known = 2 + (root is not primal)
     if torch._C._storage_Use_Count(storage._cdata) > known:
         raise RuntimeError(
-            f"{name} in {pass_.where()} writes a tensor with a tangent into memory that another plain "
+            f"{name} in {pass_.where()} writes a tensor with a tangent into memory that another "
+            "plain "
             "tensor shares, which would not see the tangent. Clone the target before it is shared."
         )
 
@@ -148,7 +169,7 @@ def commit(
 def _upgrade(plain: Tensor, dual: type, pass_: Any) -> None:
     """Turn the tensor object that the caller holds into a dual number with no tangent yet."""
     alias = plain.as_subclass(Tensor)
-    plain.__class__ = dual  # type: ignore[assignment]
+    plain.__class__ = dual
     plain.primal = alias  # type: ignore[attr-defined]
     plain.tangents = (None,) * pass_.k  # type: ignore[attr-defined]
     plain.owner = pass_  # type: ignore[attr-defined]
@@ -178,9 +199,9 @@ def _follow(
     return region(reader).clone()
 
 
-def _end(t: Tensor) -> int:
+def _end(t: Tensor) -> Any:
     if t.numel() == 0:
         return t.storage_offset()
-    return 1 + t.storage_offset() + sum(
-        (n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)
+    return (
+        1 + t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     )

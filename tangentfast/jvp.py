@@ -25,28 +25,30 @@ def jvp(
 ) -> tuple[Any, Any]:
     """``fn(*inputs)`` and its derivative along given directions.
 
-    With `params`: J(x) τ_k for each of K directions τ_k in parameter space, all in one pass that computes
-    the primal once. f_lin is linear in τ, so f(x; θ0) + Σ α_k J τ_k is the linearized model at any mixture α.
-    With `tangents`: the derivative along a direction in input space, as consistency-model and mean-flow
-    training needs it. With both: their sum, for one direction each.
+    With `params`: J(x) τ_k for each of K directions τ_k in parameter space, all in one pass that
+    computes the primal once. f_lin is linear in τ, so f(x; θ0) + Σ α_k J τ_k is the linearized
+    model at any mixture α. With `tangents`: the derivative along a direction in input space, as
+    consistency-model and mean-flow training needs it. With both: their sum, for one direction each.
 
     Args:
-        fn: a function or module of torch operations; for `params` a module. A LinearizedModel stands for
-            its network at θ0.
+        fn: a function or module of torch operations; for `params` a module. A LinearizedModel
+            stands for its network at θ0.
         inputs: its positional arguments.
-        params: a TaskVector or mapping of parameter names to tensors of the parameters' shapes, or a
-            sequence of K of them. A name that is missing stands for a zero and costs nothing.
-        tangents: one entry an argument: a tensor of its shape, a number (that value in every element),
-            or None (a zero, which costs nothing).
+        params: a TaskVector or mapping of parameter names to tensors of the parameters' shapes, or
+            a sequence of K of them. A name that is missing stands for a zero and costs nothing.
+        tangents: one entry an argument: a tensor of its shape, a number (that value in every
+            element), or None (a zero, which costs nothing).
         kwargs: keyword arguments of `fn`, constants.
 
     Returns:
-        ``(out, dout)``. `out` has the structure `fn` returns and keeps its autograd graph; `dout` has
-        none. For a sequence of directions `dout` is a list of K. Floating-point tensors of `out` have a tangent of their
-        shape (zeros where they depend on nothing that has one); other entries are passed through.
+        ``(out, dout)``. `out` has the structure `fn` returns and keeps its autograd graph; `dout`
+        has none. For a sequence of directions `dout` is a list of K. Floating-point tensors of
+        `out` have a tangent of their shape (zeros where they depend on nothing that has one); other
+        entries are passed through.
 
     Raises:
-        ValueError: names, shapes or counts that do not fit. TypeError: nothing to differentiate along.
+        ValueError: names, shapes or counts that do not fit. TypeError: nothing to differentiate
+            along.
         RuntimeError, NotImplementedError: an operation that cannot be differentiated exactly.
     """
     if params is None and tangents is None:
@@ -56,11 +58,16 @@ def jvp(
     if isinstance(fn, LinearizedModel):
         fn = fn.model
     single = params is None or isinstance(params, Mapping)
-    directions: list[Direction] = [] if params is None else list([params] if single else params)  # type: ignore[arg-type]
+    if isinstance(params, Mapping):
+        directions: list[Direction] = [params]
+    else:
+        directions = [] if params is None else list(params)
     if params is not None and not directions:
         raise ValueError("jvp: params is an empty sequence; expected at least one direction.")
     if tangents is not None and len(directions) > 1:
-        raise ValueError("jvp: tangents go with one direction in params, got a sequence of several.")
+        raise ValueError(
+            "jvp: tangents go with one direction in params, got a sequence of several."
+        )
     recording = torch.is_grad_enabled()
     if not recording:
         inputs, kwargs = tree_map(_detached, (inputs, dict(kwargs or {})))
@@ -102,7 +109,9 @@ def _with_parameters(
     for i, direction in enumerate(directions):
         for name, tangent in direction.items():
             if name not in named:
-                raise ValueError(f"jvp: params[{i}][{name!r}] is no parameter of {type(fn).__name__}.")
+                raise ValueError(
+                    f"jvp: params[{i}][{name!r}] is no parameter of {type(fn).__name__}."
+                )
             if tangent.shape != named[name].shape:
                 raise ValueError(
                     f"jvp: params[{i}][{name!r}] has shape {tuple(tangent.shape)}, "
@@ -126,7 +135,9 @@ def _with_tangents(
     inputs: tuple[Any, ...], tangents: Sequence[Any], pass_: Pass
 ) -> tuple[Any, ...]:
     if len(tangents) != len(inputs):
-        raise ValueError(f"jvp: {len(tangents)} tangents for {len(inputs)} inputs; expected one each.")
+        raise ValueError(
+            f"jvp: {len(tangents)} tangents for {len(inputs)} inputs; expected one each."
+        )
     args = []
     for i, (x, dx) in enumerate(zip(inputs, tangents, strict=True)):
         if dx is None:

@@ -1,8 +1,9 @@
 """The linearized model: f_lin(x; τ) = f(x; θ0) + J(x) τ, trained by an ordinary backward.
 
-Ortiz-Jimenez, Favero, Frossard (2023), arXiv:2305.12827. ∂L/∂τ = J(x)ᵀ ∂L/∂f_lin is the reverse pass of
-the original network at θ0 with the loss gradient taken at the linearized output: the primal carries the
-graph, the tangent none.
+Ortiz-Jimenez, Favero, Frossard (2023), arXiv:2305.12827. ∂L/∂τ = J(x)ᵀ ∂L/∂f_lin is the reverse
+pass of
+the original network at θ0 with the loss gradient taken at the linearized output: the primal carries
+the graph, the tangent none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tangentfast import sharding
-from tangentfast.anchor import SUFFIX, anchor, anchored_names, release
+from tangentfast.anchor import SUFFIX, anchor, release
 from tangentfast.dual import Dual, Pass, running
 from tangentfast.fingerprint import Base, fingerprint
 from tangentfast.inplace import version
@@ -29,9 +30,10 @@ from tangentfast.task_vector import TaskVector
 class LinearizedModel(nn.Module):
     """A network replaced by its first-order expansion at θ0; made by `linearize`.
 
-    An ordinary module: same call signature and output structure as the original, every floating-point
-    tensor of the output linearized. ``parameters()`` are the trained τ. θ0 is shared with the original
-    model, which stays usable; changing θ0 in place afterwards is an error at the next call.
+    An ordinary module: same call signature and output structure as the original, every
+    floating-point tensor of the output linearized. ``parameters()`` are the trained τ. θ0 is shared
+    with the original model, which stays usable; changing θ0 in place afterwards is an error at the
+    next call.
     """
 
     base: Base
@@ -66,12 +68,14 @@ class LinearizedModel(nn.Module):
         """f(x; θ0) + J(x) τ.
 
         Raises:
-            RuntimeError: θ0 was changed in place; an input requires grad; something in the network cannot
-                be linearized exactly (the message names operation, module and remedy).
+            RuntimeError: θ0 was changed in place; an input requires grad; something in the network
+                cannot be linearized exactly (the message names operation, module and remedy).
         """
         self._check_base()
         recording = torch.is_grad_enabled()
-        if recording and any(isinstance(x, Tensor) and x.requires_grad for x in _leaves(args, kwargs)):
+        if recording and any(
+            isinstance(x, Tensor) and x.requires_grad for x in _leaves(args, kwargs)
+        ):
             raise RuntimeError(
                 "linearized model: an input requires grad, but the backward of a linearized model "
                 "gives gradients to τ alone. Expected inputs without grad: detach() them, or use "
@@ -95,7 +99,9 @@ class LinearizedModel(nn.Module):
         return TaskVector(tensors, base=self.base, selection=self.selection)
 
     def materialize(self) -> nn.Module:
-        """The ordinary, non-linear model at θ0 + τ: new tensors, the original class, nothing shared."""
+        """The ordinary, non-linear model at θ0 + τ: new tensors, the original class, nothing
+        shared.
+        """
         memo: dict[int, Any] = {id(tau): tau for tau in self.parameters()}
         model: nn.Module = copy.deepcopy(self.model, memo)
         settled: dict[int, nn.Parameter] = {}
@@ -120,7 +126,9 @@ class LinearizedModel(nn.Module):
             f"  trained: {sum(t.numel() for t in taus):,} of {total:,} parameters in {len(taus)} "
             f"tensors ({self.selection})",
         ]
-        lines += [f"  fallback: {op} in {where}, {n} ×" for (op, where), n in self._fallbacks.items()]
+        lines += [
+            f"  fallback: {op} in {where}, {n} ×" for (op, where), n in self._fallbacks.items()
+        ]
         if not self._fallbacks:
             lines.append("  fallback: none; every operation had a rule")
         return "\n".join(lines)
@@ -157,8 +165,10 @@ class LinearizedModel(nn.Module):
             if theta0 is None or module._parameters[own] is not theta0 or version(theta0) == seen:
                 continue
             raise RuntimeError(
-                f"linearized model: θ0 of {name!r} was changed in place after linearize, so that τ no "
-                "longer belongs to it. Expected θ0 to stay as it was: linearize again, or linearize "
+                f"linearized model: θ0 of {name!r} was changed in place after linearize, so that "
+                "τ no "
+                "longer belongs to it. Expected θ0 to stay as it was: linearize again, or "
+                "linearize "
                 "copy.deepcopy(model)."
             )
 
@@ -177,18 +187,18 @@ def linearize(
     Args:
         model: any module of torch operations. It is neither changed nor copied: the result shares
             θ0 and the buffers with it.
-        params: what τ covers: ``"all"``, ``"attention"`` (W_q, W_k, W_v, W_o of every attention module), a glob or
-            name, several of them, or ``callable(name, parameter) -> bool``.
-        at: where τ starts instead of zero: a TaskVector or a mapping of parameter names to tensors of the
-            parameters' shapes (post-hoc linearization of a fine-tuned model).
+        params: what τ covers: ``"all"``, ``"attention"`` (W_q, W_k, W_v, W_o of every attention
+            module), a glob or name, several of them, or ``callable(name, parameter) -> bool``.
+        at: where τ starts instead of zero: a TaskVector or a mapping of parameter names to tensors
+            of the parameters' shapes (post-hoc linearization of a fine-tuned model).
         name: how task vectors call this base; the class name of `model` by default.
 
     Returns:
         A LinearizedModel. Training and evaluation mode are the model's.
 
     Raises:
-        ValueError, TypeError: a selection or `at` that does not fit the model, or a model that cannot
-            be linearized as it is built (the message says why and what to do).
+        ValueError, TypeError: a selection or `at` that does not fit the model, or a model that
+            cannot be linearized as it is built (the message says why and what to do).
     """
     if isinstance(model, (torch.jit.ScriptModule, LinearizedModel)):
         raise TypeError(
@@ -220,7 +230,9 @@ def linearize(
 def _shared_copy(
     model: nn.Module, names: list[str]
 ) -> tuple[nn.Module, list[tuple[str, nn.Module, str]]]:
-    """The module tree anew, on the same memory: frozen aliases of θ0, and τ beside the trained ones."""
+    """The module tree anew, on the same memory: frozen aliases of θ0, and τ beside the trained
+    ones.
+    """
     _check_structure(model, set(names))
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
     taus: dict[int, nn.Parameter] = {}
@@ -234,7 +246,8 @@ def _shared_copy(
         shared: nn.Module = copy.deepcopy(model, memo)
     except RuntimeError as error:
         raise ValueError(
-            f"linearize: {type(model).__name__} keeps a tensor that was computed from its parameters "
+            f"linearize: {type(model).__name__} keeps a tensor that was computed from its "
+            "parameters "
             f"outside of forward ({error}). Compute it in forward; for weight norm use "
             "torch.nn.utils.parametrizations.weight_norm."
         ) from error
@@ -268,7 +281,7 @@ def _check_structure(model: nn.Module, names: set[str]) -> None:
 
 
 def _leaves(*trees: Any) -> list[Any]:
-    return tree_leaves(trees)  # type: ignore[no-any-return]
+    return tree_leaves(trees)
 
 
 def _detached(x: Any) -> Any:
@@ -287,8 +300,10 @@ def _linearized(x: Any) -> Any:
         return x.primal if tangent is None else x.primal + tangent
     if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point():
         raise RuntimeError(
-            "linearized model: an output depends on the trained parameters but has lost its tangent. "
-            "Expected every operation to be a torch function: replace the custom autograd.Function or "
+            "linearized model: an output depends on the trained parameters but has lost its "
+            "tangent. "
+            "Expected every operation to be a torch function: replace the custom "
+            "autograd.Function or "
             "extension that computes it."
         )
     return x

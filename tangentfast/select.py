@@ -10,8 +10,8 @@ from torch import nn
 
 Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
-# How libraries name the projections of one attention module: those of queries, keys and values, and that
-# of the output. All of one row's inputs must be there for the row to apply.
+# How libraries name the projections of one attention module: those of queries, keys and values, and
+# that of the output. All of one row's inputs must be there for the row to apply.
 _INPUTS = (
     ("in_proj",),
     ("qkv",),
@@ -28,7 +28,9 @@ _INPUTS = (
     ("query_proj", "key_proj", "value_proj"),
 )
 _OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "out_lin", "to_out.0", "to_out", "out")
-_PARENT_OUTPUT = "output.dense"  # BERT, ViT, DINOv2, Swin: beside the module that has query, key, value
+_PARENT_OUTPUT = (
+    "output.dense"  # BERT, ViT, DINOv2, Swin: beside the module that has query, key, value
+)
 
 
 def select(model: nn.Module, params: Selection) -> list[str]:
@@ -36,10 +38,10 @@ def select(model: nn.Module, params: Selection) -> list[str]:
 
     Args:
         model: any module. Tied parameters count once, under their first name.
-        params: ``"all"``: every floating-point parameter; ``"attention"``: the weights W_q, W_k, W_v, W_o of
-            every attention module and nothing else (Jin et al. 2024, arXiv:2407.07089), as nn.MultiheadAttention,
-            open_clip, timm, Hugging Face and torchvision name them; a glob or a name, or several; or
-            ``callable(name, parameter) -> bool``.
+        params: ``"all"``: every floating-point parameter; ``"attention"``: the weights W_q, W_k,
+            W_v, W_o of every attention module and nothing else (Jin et al. 2024, arXiv:2407.07089),
+            as nn.MultiheadAttention, open_clip, timm, Hugging Face and torchvision name them; a
+            glob or a name, or several; or ``callable(name, parameter) -> bool``.
 
     Raises:
         ValueError: a name or glob that matches no parameter, or a selection that is empty.
@@ -96,9 +98,11 @@ def describe(params: Selection) -> str:
 
 
 def train_only(model: nn.Module, params: Selection) -> list[nn.Parameter]:
-    """Let only the selected parameters of an ordinary model require grad, and freeze the rest, in place.
+    """Let only the selected parameters of an ordinary model require grad, and freeze the rest, in
+    place.
 
-    With ``params="attention"`` this is the non-linear regime of Jin et al. (2024, arXiv:2407.07089).
+    With ``params="attention"`` this is the non-linear regime of Jin et al. (2024,
+    arXiv:2407.07089).
 
     Returns:
         The trained parameters, for an optimizer.
@@ -123,7 +127,9 @@ def _attention(model: nn.Module) -> set[str]:
                 chosen.add(names[id(parameter)])
 
     for path, module in model.named_modules():
-        if "in_proj_weight" in module._parameters:  # nn.MultiheadAttention and those written after it
+        if (
+            "in_proj_weight" in module._parameters
+        ):  # nn.MultiheadAttention and those written after it
             take(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"))
             inputs: tuple[str, ...] | None = ()
         else:

@@ -1,8 +1,8 @@
 """FSDP2: dual numbers through the hooks of ``fully_shard``.
 
-Before a sharded block runs, FSDP2 passes its inputs through an autograd.Function that is the identity
-and marks where the block's backward ends. Such a function takes plain tensors and returns plain tensors, so
-the duals are opened before that hook and closed after it.
+Before a sharded block runs, FSDP2 passes its inputs through an autograd.Function that is the
+identity and marks where the block's backward ends. Such a function takes plain tensors and returns
+plain tensors, so the duals are opened before that hook and closed after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def keep_duals(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, FSDPModule) and "_opens_duals" not in module.__dict__:
-            module._opens_duals = True  # type: ignore[attr-defined]
+            module.__dict__["_opens_duals"] = True
             tangents: list[list[Any]] = []  # a stack: the same block may be called inside itself
             module.register_forward_pre_hook(_opener(tangents), prepend=True, with_kwargs=True)
             module.register_forward_pre_hook(_closer(tangents), with_kwargs=True)

@@ -59,21 +59,21 @@ def open_clip_vit_b_32() -> Made:
     return stirred(open_clip.create_model("ViT-B-32").visual), (images(224),), {}
 
 
-def _open_clip(kind: str, **vision: Any) -> Made:
+def _open_clip(kind: str, size: int = 28, **vision: Any) -> Made:
     module = pytest.importorskip("open_clip.model")
-    vision = dict(image_size=28, patch_size=7, width=32, layers=2, head_width=8) | vision
+    vision = dict(image_size=size, patch_size=7, width=32, layers=2, head_width=8) | vision
     text = dict(context_length=9, vocab_size=99, width=32, heads=4, layers=2)
     model = getattr(module, kind)(embed_dim=16, vision_cfg=vision, text_cfg=text)
-    return stirred(model), (images(28, 2), tokens()), {}
+    return stirred(model), (images(size, 2), tokens()), {}
 
 
 MODELS["open_clip.CLIP"] = partial(_open_clip, "CLIP")
-MODELS["open_clip.CustomTextCLIP"] = partial(_open_clip, "CustomTextCLIP", quick_gelu=True)
+MODELS["open_clip.CustomTextCLIP"] = partial(_open_clip, "CustomTextCLIP", pool_type="avg", no_ln_pre=True)
 MODELS["open_clip.CLIP.attentional_pool"] = partial(
     _open_clip, "CLIP", attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=4
 )
 MODELS["open_clip.CLIP.attention_pool_resnet"] = partial(
-    _open_clip, "CLIP", image_size=32, layers=(1, 1, 1, 1), width=8
+    _open_clip, "CLIP", size=64, layers=(1, 1, 1, 1), width=8
 )
 
 # --- timm

@@ -1,7 +1,8 @@
-"""The dual engine where it could go wrong without a word: writes in place, views, cuts, lost tangents.
+"""The dual engine where it could go wrong without a word: writes in place, views, cuts, lost
+tangents.
 
-Each network either agrees with the float64 truth, in the output and in every gradient, in training and in
-evaluation, or raises an error that says what to do.
+Each network either agrees with the float64 truth, in the output and in every gradient, in training
+and in evaluation, or raises an error that says what to do.
 """
 
 from __future__ import annotations
@@ -204,9 +205,7 @@ def test_exact(name: str) -> None:
     (out * u).sum().backward()
     base = {n: p.detach() for n, p in net.named_parameters()}
     tau = {n: t.detach().clone().requires_grad_() for n, t in lin.tau.items()}
-    y, dy = torch.func.jvp(
-        lambda p: torch.func.functional_call(net, p, (x,)), (base,), (tau,)
-    )
+    y, dy = torch.func.jvp(lambda p: torch.func.functional_call(net, p, (x,)), (base,), (tau,))
     torch.testing.assert_close(out, y + dy, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(evaluated, out.detach(), rtol=0, atol=0)
     torch.testing.assert_close(inferred, out.detach(), rtol=0, atol=0)
@@ -358,16 +357,22 @@ def test_refused(name: str, training: bool) -> None:
     message, body = REFUSED[name]
     net, lin, x = linearized(body)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises((RuntimeError, NotImplementedError), match=message), torch.set_grad_enabled(training):
+    with (
+        pytest.raises((RuntimeError, NotImplementedError), match=message),
+        torch.set_grad_enabled(training),
+    ):
         lin(x)
     if name != "parameter_written":
         for key, value in net.state_dict().items():
             assert torch.equal(value, before[key]), key
-    assert torch.isfinite(tf.linearize(Net(lambda s, x: s.layer(x)))(x)).all()  # no pass left running
+    assert torch.isfinite(
+        tf.linearize(Net(lambda s, x: s.layer(x)))(x)
+    ).all()  # no pass left running
 
 
 def test_no_tangent_without_a_trained_parameter_before_it() -> None:
-    """Frozen parameters and all before the first trained one cost nothing: operations are counted."""
+    """Frozen parameters and all before the first trained one cost nothing: operations are "
+    "counted."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -375,7 +380,9 @@ def test_no_tangent_without_a_trained_parameter_before_it() -> None:
             super().__init__()
             self.products = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             self.products += func.overloadpacket in (
                 torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.mm,
             )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Parameter selection: what "attention" is in each family of names, globs, lists, callables, errors."""
+"""Parameter selection: what "attention" is in each family of names, globs, lists, callables,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Block(nn.Module):
         (("to_q", "to_k", "to_v"), "to_out"),  # diffusers
     ],
 )
-def test_attention_is_the_weights_of_the_four_projections(inputs: tuple[str, ...], output: str) -> None:
+def test_attention_is_the_weights_of_the_four_projections(
+    inputs: tuple[str, ...], output: str
+) -> None:
     net = nn.Sequential(Block(Attention(inputs, output)), Block(Attention(inputs, output)))
     wanted = [f"{i}.attn.{n}.weight" for i in range(2) for n in (*inputs, output)]
     assert select(net, "attention") == wanted
@@ -84,9 +88,13 @@ def test_patterns_lists_and_callables() -> None:
 
 def test_errors() -> None:
     net = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"'0.weigth' matches no parameter of Sequential; close names: 0.weight"):
+    with pytest.raises(
+        ValueError, match=r"'0.weigth' matches no parameter of Sequential; close names: 0.weight"
+    ):
         select(net, ["0.weigth"])
-    with pytest.raises(ValueError, match=r"no attention module was recognised in Sequential.*globs"):
+    with pytest.raises(
+        ValueError, match=r"no attention module was recognised in Sequential.*globs"
+    ):
         select(net, "attention")
     with pytest.raises(ValueError, match="nothing of Sequential was selected"):
         select(net, lambda name, p: False)

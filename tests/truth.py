@@ -133,14 +133,16 @@ def model_errors(
     random_tau(lin)
     out = floats(lin(*args, **kwargs))
     us = [torch.randn_like(o) for o in out]
-    torch.autograd.backward(out, us)
+    depending = [o.requires_grad for o in out]  # a constant, as a logit scale that is not trained
+    torch.autograd.backward(*picked(depending, out, us))
 
     exact = model if truth is None else truth
     dtype = next(exact.parameters()).dtype
     args, kwargs = converted(args, dtype), converted(kwargs, dtype)
     taus = {n: t.detach().to(dtype).requires_grad_() for n, t in lin.tau.items()}
     ref = torch_linearized(exact, args, kwargs, taus)
-    torch.autograd.backward(ref, [u.to(dtype) for u in us])
+    assert [y.requires_grad for y in ref] == depending
+    torch.autograd.backward(*picked(depending, ref, [u.to(dtype) for u in us]))
 
     largest = max(float(t.grad.norm()) for t in taus.values() if t.grad is not None)
     worst = 0.0
@@ -157,3 +159,8 @@ def converted(tree: Any, dtype: torch.dtype) -> Any:
     leaves, spec = tree_flatten(tree)
     moved = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
     return tree_unflatten(moved, spec)
+
+
+def picked(which: Sequence[bool], *lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The entries of each list where `which` is true."""
+    return [[x for x, w in zip(xs, which, strict=True) if w] for xs in lists]

@@ -20,11 +20,6 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-bool same_memory(const at::Tensor& a, const at::Tensor& b) {
-  return a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type() &&
-         a.sizes() == b.sizes() && same_strides(a, b);
-}
-
 // `tensor` itself when it lies in memory exactly as `like` does, else a copy that does.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like) {
   if (same_strides(tensor, like) && !tensor.is_neg()) return tensor;
@@ -71,8 +66,8 @@ void merge_cpu(at::TensorList bases, at::TensorList vectors, at::IntArrayRef cou
                    target.numel(), terms.data() + terms.size(), counts[i]};
     for (const size_t end = k + counts[i]; k < end; ++k) {
       at::Tensor source = laid_out_as(vectors[k], target);
-      // A base may be its own vector; any other shared memory would be read after it was written.
-      if (!same_memory(source, bases[i]) && meets(source, extents)) source = source.clone();
+      // Memory of a base, its own or another's, would be read after it was written.
+      if (meets(source, extents)) source = source.clone();
       item.wide |= source.scalar_type() == at::kDouble;
       terms.push_back({source.const_data_ptr(), type_of(source), alphas[k]});
       sources.push_back(std::move(source));

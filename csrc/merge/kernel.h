@@ -8,7 +8,7 @@
 namespace tangentfast {
 
 struct Term {
-  const void* data;  // [numel], never partially overlapping the base
+  const void* data;  // [numel], sharing no memory with the base
   Type type;
   double alpha;  // rounded to float when the accumulation is float
 };

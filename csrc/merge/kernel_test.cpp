@@ -68,7 +68,7 @@ void check_merge(Type base_type, size_t size, int64_t begin, int64_t end, size_t
   std::vector<Term> terms;
   bool wide = base_type == Type::f64;
   for (size_t k = 0; k < count; ++k) {
-    // Runs of 3 of a type: whole fours, pairs and singles all occur as `count` grows.
+    // Runs of 3 of a type, or one long run: all widths of axpy_terms occur as `count` grows.
     const Type type = count > 6 ? Type::f32 : kTypes[(k / 3 + size + 1) % 4];
     wide |= type == Type::f64;
     vectors.push_back(random_array(type, size));
@@ -124,7 +124,7 @@ int main() {
   std::printf("isa: %s\n", isa_name());
   for (const Type type : kTypes) {
     for (const size_t size : {0, 1, 7, 31, 64, 2047, 2048, 5001}) {
-      for (const size_t count : {0, 1, 2, 5, 6, 7, 11}) {
+      for (const size_t count : {0, 1, 2, 5, 6, 7, 19}) {
         check_merge(type, size, 0, size, count);
         if (size > 7) check_merge(type, size, 3, size - 2, count);
       }

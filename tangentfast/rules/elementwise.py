@@ -165,7 +165,7 @@ def div(input: Any, other: Any, rounding_mode: str | None = None) -> tuple[Tenso
         if rounding_mode is not None:
             return None
         if dother is None:
-            return dx / other  # type: ignore[operator]
+            return dx / other
         return (-y * dother if dx is None else dx - y * dother) / other
 
     return y, jvp
@@ -220,7 +220,9 @@ def rsub(input: Tensor, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
 
 
 @rule("addcmul")
-def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1) -> tuple[Tensor, Jvp]:
+def addcmul(
+    input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
+) -> tuple[Tensor, Jvp]:
     def jvp(dx: Any, da: Any, db: Any, _: None) -> Tensor | None:
         products = add(
             None if da is None else da * tensor2 * value,
@@ -232,7 +234,9 @@ def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1) -
 
 
 @rule("addcdiv")
-def addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1) -> tuple[Tensor, Jvp]:
+def addcdiv(
+    input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
+) -> tuple[Tensor, Jvp]:
     def jvp(dx: Any, da: Any, db: Any, _: None) -> Tensor | None:
         quotients = add(
             None if da is None else da * value / tensor2,

@@ -1,7 +1,7 @@
 """Products: linear layers, matrix products, convolutions, einsum, embeddings.
 
-Each is linear in every one of its tensors, so the tangent is the sum over the tensors of the function
-with that tensor replaced by its tangent (the product rule); nothing else is to be derived.
+Each is linear in every one of its tensors, so the tangent is the sum over the tensors of the
+function with that tensor replaced by its tangent (the product rule); nothing else is to be derived.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _bilinear(function: Callable[..., Any]) -> None:
     @rule(function)
     def product(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
         def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
-            return _product_rule(function, (input, other), (dx, dother))  # type: ignore[no-any-return]
+            return _product_rule(function, (input, other), (dx, dother))
 
         return function(input, other), jvp
 
@@ -91,7 +91,6 @@ def _added(function: Callable[..., Any], product: Callable[..., Any]) -> None:
 def _added_product(name: str, product: Callable[..., Any], parameters: str) -> None:
     """beta * input + alpha * product(a, b): addmm and its kin."""
     for function in functions(name):
-
         _added(function, product)
         RULES[function].parameters = (*parameters.split(), "beta", "alpha")
 
@@ -129,9 +128,11 @@ def _convolution(function: Callable[..., Any], transposed: bool) -> None:
 
         def jvp(dx: Any, dw: Any, db: Any, *_: None) -> Any:
             if db is not None and dw is not None:  # the bias costs no pass of its own
-                return _accumulate(function(x, dw, db, *options), product(dx, w)) if (
-                    dx is not None
-                ) else function(x, dw, db, *options)
+                return (
+                    _accumulate(function(x, dw, db, *options), product(dx, w))
+                    if (dx is not None)
+                    else function(x, dw, db, *options)
+                )
             dy = _product_rule(product, (x, w), (dx, dw))
             channels = None if db is None else db.view(-1, *[1] * (w.dim() - 2))
             return add(dy, channels)
@@ -146,7 +147,7 @@ def _convolution(function: Callable[..., Any], transposed: bool) -> None:
             padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
         ) -> tuple[Tensor, Jvp]:  # fmt: skip
             options = (stride, padding, output_padding, groups, dilation)
-            return convolve(function, input, weight, bias, options)  # type: ignore[no-any-return]
+            return convolve(function, input, weight, bias, options)
     else:
 
         @rule(function)
@@ -155,7 +156,7 @@ def _convolution(function: Callable[..., Any], transposed: bool) -> None:
             padding: Any = 0, dilation: Any = 1, groups: int = 1,
         ) -> tuple[Tensor, Jvp]:  # fmt: skip
             options = (stride, padding, dilation, groups)
-            return convolve(function, input, weight, bias, options)  # type: ignore[no-any-return]
+            return convolve(function, input, weight, bias, options)
 
 
 for _function in functions("conv1d", "conv2d", "conv3d"):
@@ -177,8 +178,6 @@ def embedding(
     if max_norm is not None:
         raise Inexact("max_norm rewrites the weight in place; unset max_norm.")
     if scale_grad_by_freq:
-        raise Inexact(
-            "scale_grad_by_freq has a backward that is not its derivative; unset it."
-        )
+        raise Inexact("scale_grad_by_freq has a backward that is not its derivative; unset it.")
     y = F.embedding(input, weight, padding_idx, sparse=sparse)
     return y, lambda _, dweight, *__: F.embedding(input, dweight)

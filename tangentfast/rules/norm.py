@@ -1,7 +1,7 @@
 """Normalisations.
 
-The Jacobian of x -> (x - mean) / std is symmetric, so torch's backward kernel, without weight, is the
-JVP of the normalised x; weight and bias then enter as in any product.
+The Jacobian of x -> (x - mean) / std is symmetric, so torch's backward kernel, without weight, is
+the JVP of the normalised x; weight and bias then enter as in any product.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def group_norm(
                 dx, x, mean, rstd, None, *sizes, [True, False, False]
             )[0]
         channels = [t if t is None else _per_channel(t, input) for t in (weight, dweight, dbias)]
-        return _affine(lambda: x_hat, dx_hat, *channels)  # type: ignore[no-any-return]
+        return _affine(lambda: x_hat, dx_hat, *channels)
 
     return y, jvp
 
@@ -99,7 +99,8 @@ def batch_norm(
 ) -> tuple[Tensor, Jvp]:
     if training or running_mean is None or running_var is None:
         raise Inexact(
-            "train-mode batch norm ties the samples of a batch together and moves its statistics, so "
+            "train-mode batch norm ties the samples of a batch together and moves its "
+            "statistics, so "
             "that there is no fixed network to linearize. Put the batch norms in eval mode."
         )
     y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -108,7 +109,7 @@ def batch_norm(
     def jvp(dx: Any, _m: None, _v: None, dweight: Any, dbias: Any, *__: None) -> Tensor:
         channels = [t if t is None else _per_channel(t, input) for t in (weight, dweight, dbias)]
         dx_hat = None if dx is None else dx * scale
-        return _affine(lambda: (input - mean) * scale, dx_hat, *channels)  # type: ignore[no-any-return]
+        return _affine(lambda: (input - mean) * scale, dx_hat, *channels)
 
     return y, jvp
 
@@ -125,9 +126,7 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Jvp]:
     if not use_input_stats:
-        y, jvp = batch_norm(
-            input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+        y, jvp = batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         return y, lambda *d: jvp(*d)
     if running_mean is not None:
         raise Inexact("instance norm that updates running statistics moves; put it in eval mode.")

@@ -87,7 +87,8 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> tuple[Tensor, J
 
 
 def _selected(function: Callable[..., Any]) -> None:
-    """Functions that return (values, indices) of entries of x along dim; indices have no tangent."""
+    """Functions that return (values, indices) of entries of x along dim; indices have no "
+    "tangent."""
 
     def pair(y: Any, input: Tensor, dim: int, keepdim: bool) -> tuple[Any, Jvp]:
         def jvp(dx: Tensor, *_: None) -> list[Tensor | None]:

@@ -1,12 +1,13 @@
 """The table that maps a torch function to its rule, and the few shapes a rule can have.
 
-A rule is ``apply(args, dargs) -> (y, dys)``: `args` are the function's own positional arguments with
-every dual number replaced by its primal; `dargs` holds, for each of the K tangents, the list of tangents
-in the same positions (None where an argument has none), or None where no argument has one; `dys` are the
-K tangents of `y`, each None or a tensor (or sequence) like `y`. A rule that computes everything
-in one pass over memory is written in that form. All others are written as ``forward(*args) -> (y, jvp)``,
-where `y` carries its ordinary autograd graph and ``jvp(*dargs)`` gives one tangent. Either may return
-None for a call it was not written for; the fallback takes that.
+A rule is ``apply(args, dargs) -> (y, dys)``: `args` are the function's own positional arguments
+with every dual number replaced by its primal; `dargs` holds, for each of the K tangents, the list
+of tangents in the same positions (None where an argument has none), or None where no argument has
+one; `dys` are the K tangents of `y`, each None or a tensor (or sequence) like `y`. A rule that
+computes everything in one pass over memory is written in that form. All others are written as
+``forward(*args) -> (y, jvp)``, where `y` carries its ordinary autograd graph and ``jvp(*dargs)``
+gives one tangent. Either may return None for a call it was not written for; the fallback takes
+that.
 
 After HIPS/autograd's ``numpy_jvps.py`` and JAX's ``ad.py``: structure before formulas.
 """
@@ -66,7 +67,9 @@ RULES: dict[Callable[..., Any], Rule] = {}
 
 
 def functions(*names: str) -> list[Callable[..., Any]]:
-    """Every public torch function of these names: ``torch.f``, ``Tensor.f``, ``torch.nn.functional.f``."""
+    """Every public torch function of these names: ``torch.f``, ``Tensor.f``,
+    ``torch.nn.functional.f``.
+    """
     rooms = (torch, Tensor, F, torch.special, torch._C._nn)
     found = [
         getattr(room, name)
@@ -133,7 +136,9 @@ def composite(*targets: Callable[..., Any] | str) -> Callable[[Any], Any]:
 
 
 def linear_in_first(*targets: Callable[..., Any] | str) -> None:
-    """Functions linear in their first argument are their own JVP; the other arguments are constants."""
+    """Functions linear in their first argument are their own JVP; the other arguments are
+    constants.
+    """
     for target in targets:
         for function in functions(target) if isinstance(target, str) else [target]:
             RULES[function] = Rule(function, None, "linear")
@@ -147,7 +152,8 @@ def constant(*targets: Callable[..., Any] | str) -> None:
 
 
 def metadata(*targets: Callable[..., Any] | str) -> None:
-    """Functions that ask for shape, dtype, device, hooks or autograd state: answered by the primal."""
+    """Functions that ask for shape, dtype, device, hooks or autograd state: answered by the "
+    "primal."""
     for target in targets:
         for function in functions(target) if isinstance(target, str) else [target]:
             RULES[function] = Rule(function, None, "metadata")

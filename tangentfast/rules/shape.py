@@ -103,7 +103,9 @@ def pad(
 def where(condition: Tensor, input: Any = None, other: Any = None) -> tuple[Tensor, Jvp]:
     def jvp(_: None, dx: Tensor | None, dother: Tensor | None) -> Tensor:
         zero = (dx if dother is None else dother).new_zeros(())  # type: ignore[union-attr]
-        return torch.where(condition, zero if dx is None else dx, zero if dother is None else dother)
+        return torch.where(
+            condition, zero if dx is None else dx, zero if dother is None else dother
+        )
 
     return torch.where(condition, input, other), jvp
 
@@ -158,7 +160,8 @@ _jointly_linear(["select_scatter"], "input src dim index", 1)
 _jointly_linear(["slice_scatter", "diagonal_scatter"], "input src", 1)
 
 
-# The functional forms of writes are called for their tangents; their y is what was there, unaliased.
+# The functional forms of writes are called for their tangents; their y is what was there,
+# unaliased.
 
 
 @rule(FORMS["__setitem__"])
@@ -184,7 +187,10 @@ def overwrite(x: Tensor, src: Tensor, non_blocking: bool = False) -> tuple[Tenso
 
 @rule(FORMS["fill_"])
 def fill(x: Tensor, value: Any) -> tuple[Tensor, Jvp]:
-    return x.detach(), lambda _, dvalue: None if dvalue is None else dvalue.to(x.dtype).expand(x.shape)
+    return (
+        x.detach(),
+        lambda _, dvalue: None if dvalue is None else dvalue.to(x.dtype).expand(x.shape),
+    )
 
 
 @rule(FORMS["zero_"])

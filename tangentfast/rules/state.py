@@ -12,13 +12,23 @@ _properties = [
     for name in dir(torch._C.TensorBase)
     if type(getattr(torch._C.TensorBase, name)).__name__ == "getset_descriptor"
 ]
-metadata(*(p.__get__ for p in _properties if p.__get__ not in RULES))  # T, mT, ... have rules already
+metadata(
+    *(p.__get__ for p in _properties if p.__get__ not in RULES)
+)  # T, mT, ... have rules already
 metadata(*(p.__set__ for p in _properties))
 metadata(
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
     *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_set_to"),
     *("is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_distributed"),
-    *("is_coalesced", "get_device", "data_ptr", "untyped_storage", "dim_order", "sym_size", "sym_stride"),
+    *(
+        "is_coalesced",
+        "get_device",
+        "data_ptr",
+        "untyped_storage",
+        "dim_order",
+        "sym_size",
+        "sym_stride",
+    ),
     *("sym_numel", "result_type", "can_cast", "has_names", "__len__", "__hash__", "__repr__"),
     *("__format__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
     *("requires_grad_", "is_storage", "is_tensor", "broadcast_shapes"),
@@ -30,15 +40,26 @@ constant(
     *("allclose", "logical_not", "logical_and", "logical_or", "logical_xor", "any", "all"),
     *("argmax", "argmin", "argsort", "nonzero", "count_nonzero", "searchsorted", "bucketize"),
     *("floor", "ceil", "round", "trunc", "fix", "sign", "sgn", "signbit", "heaviside"),
-    *("floor_divide", "__floordiv__", "__rfloordiv__", "int", "long", "short", "bool", "byte", "char"),
+    *(
+        "floor_divide",
+        "__floordiv__",
+        "__rfloordiv__",
+        "int",
+        "long",
+        "short",
+        "bool",
+        "byte",
+        "char",
+    ),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
     *("randint_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
     *("new_empty_strided", "bernoulli", "multinomial"),
-    Tensor.data.__get__,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
 )
 
 _no_number = (
-    "a Python number has no tangent, so that what is computed from it would be wrong without a word. "
+    "a Python number has no tangent, so that what is computed from it would be wrong without a "
+    "word. "
     "Keep it a tensor (torch.where instead of if), or detach() it where it should be a constant."
 )
 forbidden(
@@ -48,7 +69,7 @@ forbidden(
 )
 forbidden(
     "assigning .data replaces the memory behind the tangent's back; use copy_() or a new tensor.",
-    Tensor.data.__set__,
+    Tensor.data.__set__,  # type: ignore[attr-defined]
 )
 forbidden(
     "a tensor that carries a tangent cannot be pickled; detach() it first.",

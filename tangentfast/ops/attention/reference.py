@@ -32,11 +32,12 @@ def attention_jvp(
         mask: boolean (True: attend) or added to S; broadcast to [..., H, T, S]; or None.
         dropout: probability of dropping an entry of P; the mask is drawn as torch draws it.
         causal, scale, gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
-        tangents: K rows (dq, dk, dv, dmask), each shaped like its primal or None; a row may be None.
+        tangents: K rows (dq, dk, dv, dmask), each shaped like its primal or None; a row may be
+            None.
 
     Returns:
-        o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one. P is held in memory
-        while this function runs; its softmax is computed in float32 for 16-bit inputs.
+        o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one. P is held in
+        memory while this function runs; its softmax is computed in float32 for 16-bit inputs.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if dropout > 0:

@@ -28,7 +28,8 @@ def layer_norm_jvp(
         x: [..., *normalized_shape], floating point.
         normalized_shape, eps: as in ``torch.nn.functional.layer_norm``.
         weight, bias: [*normalized_shape] or None.
-        tangents: K rows (dx, dweight, dbias), each shaped like its primal or None; a row may be None.
+        tangents: K rows (dx, dweight, dbias), each shaped like its primal or None; a row may be
+            None.
 
     Returns:
         y, with its ordinary graph, and K tangents of y, without one.
@@ -73,10 +74,11 @@ def rms_norm_jvp(
     eps: float | None,
     tangents: Sequence[Row],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """y = x r w and dy = (dx r + x dr) w + x r dw, with r = (mean x² + eps)^-1/2, dr = -r³ mean(x dx).
+    """y = x r w and dy = (dx r + x dr) w + x r dw, with r = (mean x² + eps)^-1/2, dr = -r³ mean(x
+    dx).
 
-    Args and returns as in `layer_norm_jvp`, with rows (dx, dweight); `eps` None is the machine epsilon
-    of x, as in ``torch.nn.functional.rms_norm``. Computed in float32 for 16-bit inputs.
+    Args and returns as in `layer_norm_jvp`, with rows (dx, dweight); `eps` None is the machine
+    epsilon of x, as in ``torch.nn.functional.rms_norm``. Computed in float32 for 16-bit inputs.
     """
     shape = list(normalized_shape)
     y = F.rms_norm(x, shape, weight, eps)
