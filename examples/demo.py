@@ -55,13 +55,15 @@ def fine_tune(
     """Train τ on `task`; the encoder's own weights θ0 stay what they are, and so does the head."""
     lin = tf.linearize(encoder, params="attention")
     optimizer = torch.optim.AdamW(lin.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     images, labels = task.train
-    for _ in track(range(steps), description=f"fine-tuning on {task.name:<8}"):
-        chosen = torch.randint(len(labels), (batch,), generator=generator)
+    epochs = [
+        torch.randperm(len(labels), generator=generator)
+        for _ in range(1 + steps * batch // len(labels))
+    ]
+    order = torch.cat(epochs)[: steps * batch].split(batch)
+    for chosen in track(order, description=f"fine-tuning on {task.name:<8}"):
         loss = F.cross_entropy(head(lin(normalize(images[chosen]))), labels[chosen])
         optimizer.zero_grad()
         loss.backward()

@@ -131,19 +131,18 @@ BLOCKS: dict[str, tuple[str, list[str]]] = {
         "encoder.layers.encoder_layer_1.",
         ["self_attention.in_proj_weight", "self_attention.out_proj.weight"],
     ),
-    "torchvision.swin_v2_t": ("features.1.0.", ["attn.qkv.weight", "attn.proj.weight"]),
+    "torchvision.swin_v2": ("features.1.0.", ["attn.qkv.weight", "attn.proj.weight"]),
     "torch.TransformerEncoderLayer": ("", ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]),
     "hf.Dinov2Model.sdpa": (
         "encoder.layer.1.",
-        [f"attention.attention.{n}.weight" for n in ("query", "key", "value")]
-        + ["attention.output.dense.weight"],
+        [f"attention.{n}_proj.weight" for n in "qkvo"],
     ),
     "hf.CLIPModel.sdpa": (
         "vision_model.encoder.layers.1.",
         [f"self_attn.{n}_proj.weight" for n in ("k", "v", "q", "out")],
     ),
     "hf.SiglipVisionModel.sdpa": (
-        "vision_model.head.",
+        "head.",
         ["attention.in_proj_weight", "attention.out_proj.weight"],
     ),
     "hf.BertModel.sdpa": (

@@ -198,7 +198,8 @@ def pow(input: Any, exponent: Any) -> tuple[Tensor, Jvp]:
 
 @rule(Tensor.__rsub__)
 def reversed_sub(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
-    return other - self, lambda dx, dother: -dx if dother is None else sub(dother, dx)[0]
+    y, jvp = sub(other, self)
+    return y, lambda dx, dother: jvp(dother, dx, None)
 
 
 @rule(Tensor.__rdiv__, Tensor.__rtruediv__)
@@ -260,17 +261,22 @@ def lerp(input: Tensor, end: Tensor, weight: Any) -> tuple[Tensor, Jvp]:
 
 @rule("clamp", "clip")
 def clamp(input: Tensor, min: Any = None, max: Any = None) -> tuple[Tensor, Jvp]:
+    def jvp(*tangents: Tensor | None) -> Tensor | None:
+        # The slopes of torch's own backward: its versions differ in how they share a tie.
+        operands = [input, min, max]
+        moving = [i for i, d in enumerate(tangents) if d is not None]
+        with torch.enable_grad():
+            leaves = [operands[i].expand(y.shape).detach().requires_grad_() for i in moving]
+            for i, leaf in zip(moving, leaves, strict=True):
+                operands[i] = leaf
+            again = torch.clamp(*operands)
+        slopes = torch.autograd.grad(again, leaves, torch.ones_like(again))
+        dy = None
+        for i, slope in zip(moving, slopes, strict=True):
+            dy = add(dy, tangents[i] * slope)  # type: ignore[operator]
+        return dy
+
     y = torch.clamp(input, min, max)
-
-    def jvp(dx: Any, dmin: Any, dmax: Any) -> Tensor | None:
-        above = torch.zeros_like(y, dtype=torch.bool) if max is None else input > max
-        below = torch.zeros_like(above) if min is None else input < min
-        if isinstance(min, Tensor) and isinstance(max, Tensor):
-            above, below = above | (min > max), below & (min <= max)
-        dy = None if dx is None else dx * ~(above | below)
-        dy = add(dy, None if dmin is None else dmin * below)
-        return add(dy, None if dmax is None else dmax * above)
-
     return y, jvp
 
 

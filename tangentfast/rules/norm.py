@@ -6,6 +6,7 @@ the JVP of the normalised x; weight and bias then enter as in any product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def group_norm(
 ) -> tuple[Tensor, Jvp]:
     y = F.group_norm(input, num_groups, weight, bias, eps)
     n, c = input.shape[:2]
-    sizes = (n, c, input.numel() // max(n * c, 1), num_groups)
+    sizes = (n, c, math.prod(input.shape[2:]), num_groups)
 
     def jvp(dx: Any, _: None, dweight: Any, dbias: Any, *__: None) -> Tensor:
         x = input.to(y.dtype).contiguous()
@@ -85,7 +86,7 @@ def group_norm(
     return y, jvp
 
 
-@rule("batch_norm")
+@rule(F.batch_norm)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -112,6 +113,23 @@ def batch_norm(
         return _affine(lambda: (input - mean) * scale, dx_hat, *channels)
 
     return y, jvp
+
+
+@rule(torch.batch_norm)
+def aten_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> tuple[Tensor, Jvp]:
+    """The same in the order of ``torch.batch_norm``."""
+    y, jvp = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y, lambda dx, dweight, dbias, *_: jvp(dx, None, None, dweight, dbias)
 
 
 @rule(F.instance_norm)

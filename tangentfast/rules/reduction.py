@@ -134,6 +134,30 @@ for _function in functions("max", "min", "topk", "sort"):
     _selected(_function)
 
 
+def _max_pool(function: Callable[..., Any], with_indices: Callable[..., Any], spatial: int) -> None:
+    @rule(function)
+    def max_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> tuple[Tensor, Jvp]:
+        y, chosen = with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+        def jvp(dx: Tensor, *_: None) -> Tensor:
+            picked = dx.flatten(-spatial).gather(-1, chosen.flatten(-spatial))
+            return picked.view(y.shape)
+
+        return y, jvp
+
+
+_max_pool(torch.max_pool1d, F.max_pool1d_with_indices, 1)
+_max_pool(torch.max_pool2d, F.max_pool2d_with_indices, 2)
+_max_pool(torch.max_pool3d, F.max_pool3d_with_indices, 3)
+
+
 def _extreme(function: Callable[..., Any]) -> None:
     """amax and amin: ties share the tangent, as they share the gradient."""
 
@@ -158,13 +182,15 @@ for _function in functions("amax", "amin"):
 def var(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False
 ) -> tuple[Tensor, Jvp]:
+    if isinstance(dim, bool):  # var(input, unbiased)
+        dim, unbiased = None, dim
     dims = tuple(range(input.dim())) if dim is None else dim
     y = torch.var(input, dims, correction=int(unbiased), keepdim=keepdim)
 
     def jvp(dx: Tensor, *_: None) -> Tensor:
         centred = input - input.mean(dims, keepdim=True)
         count = centred.numel() // max(y.numel(), 1)
-        return (dx * centred).sum(dims, keepdim=keepdim) * (2 / (count - int(unbiased)))
+        return (dx * centred).sum(dims, keepdim=keepdim) * 2 / max(count - int(unbiased), 0)
 
     return y, jvp
 
@@ -175,7 +201,8 @@ def std(
 ) -> tuple[Tensor, Jvp]:
     variance, slope = var(input, dim, unbiased, keepdim)
     y = variance.sqrt()
-    return y, lambda dx, *_: slope(dx) / (2 * y)
+    # at a spread of zero 0, as autograd has it
+    return y, lambda dx, *_: torch.where(y == 0, 0, slope(dx) / (2 * y))
 
 
 def _two_norm(input: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, Jvp]:

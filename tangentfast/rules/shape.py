@@ -24,19 +24,18 @@ from tangentfast.rules.registry import (
 linear_in_first(
     *("reshape", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous"),
     *("permute", "transpose", "swapaxes", "swapdims", "t", "adjoint", "moveaxis", "movedim"),
-    *("positive", "clone", "conj", "resolve_conj", "resolve_neg"),
+    *("positive", "real", "clone", "conj", "resolve_conj", "resolve_neg"),
     *("expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip"),
     *("fliplr", "flipud", "rot90", "narrow", "select", "split", "split_with_sizes", "chunk"),
     *("tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "unfold", "fold", "diagonal", "diag"),
     *("diag_embed", "tril", "triu", "index_select", "gather", "take", "take_along_dim"),
     *("masked_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-    *("native_channel_shuffle", "atleast_1d", "atleast_2d", "atleast_3d"),
     *("to", "float", "double", "half", "bfloat16", "cpu", "cuda", "type", "pin_memory"),
     *("sum", "mean", "cumsum", "trace", "neg", "negative"),
     *("interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     Tensor.__getitem__,
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real")),
 )
 
 
@@ -90,6 +89,23 @@ def broadcast_tensors(*tensors: Tensor) -> tuple[Any, Jvp]:
     return ys, lambda *d: [None if dx is None else dx.expand(shape) for dx in d]
 
 
+def _at_least(function: Callable[..., Any]) -> None:
+    @rule(function)
+    def at_least(*tensors: Any) -> tuple[Any, Jvp]:
+        def jvp(*d: Any) -> Any:
+            if isinstance(d[0], list):
+                return jvp(*d[0])
+            ys = [None if dx is None else function(dx) for dx in d]
+            return ys if isinstance(y, (tuple, list)) else ys[0]
+
+        y = function(*tensors)
+        return y, jvp
+
+
+for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d):
+    _at_least(_function)
+
+
 @rule("pad", "constant_pad_nd")
 def pad(
     input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
@@ -130,7 +146,9 @@ def _zeros(dx: Tensor | None, x: Tensor) -> Tensor:
     return torch.zeros_like(x) if dx is None else dx
 
 
-def _jointly_linear(names: Sequence[str], parameters: str, source: int) -> None:
+def _jointly_linear(
+    names: Sequence[str], parameters: str, source: int, defaults: tuple[Any, ...] = ()
+) -> None:
     """Linear in the tensor written to (the first) and in the one at `source`, together."""
     for function in functions(*names):
 
@@ -149,6 +167,7 @@ def _jointly_linear(names: Sequence[str], parameters: str, source: int) -> None:
 
         RULES[function] = Rule(apply, None, "rule")
         RULES[function].parameters = tuple(parameters.split())
+        RULES[function].defaults = defaults and (None, None, *defaults)
 
 
 _jointly_linear(["scatter", "scatter_add", "index_copy"], "input dim index src", 3)
@@ -157,7 +176,8 @@ _jointly_linear(["index_fill"], "input dim index value", 3)
 _jointly_linear(["index_put"], "input indices values", 2)
 _jointly_linear(["masked_scatter"], "input mask source", 2)
 _jointly_linear(["select_scatter"], "input src dim index", 1)
-_jointly_linear(["slice_scatter", "diagonal_scatter"], "input src", 1)
+_jointly_linear(["slice_scatter"], "input src dim start end step", 1, (0, None, None, 1))
+_jointly_linear(["diagonal_scatter"], "input src offset dim1 dim2", 1, (0, 0, 1))
 
 
 # The functional forms of writes are called for their tangents; their y is what was there,
