@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentfast import inplace
-from tangentfast.fallback import fallback
+from tangentfast.fallback import fallback, random_state
 from tangentfast.inplace import version
 from tangentfast.rules import RULES
 from tangentfast.rules.registry import Inexact, Rule, evaluate
@@ -148,7 +148,11 @@ def wrap(y: Any, dys: Sequence[Any], pass_: Pass) -> Any:
         parts = [
             wrap(y[i], [None if dy is None else dy[i] for dy in dys], pass_) for i in range(len(y))
         ]
-        return type(y)(parts)
+        return rebuild(y, parts)
+    if isinstance(y, dict):
+        return type(y)(
+            {n: wrap(v, [None if dy is None else dy[n] for dy in dys], pass_) for n, v in y.items()}
+        )
     if not isinstance(y, Tensor) or not y.is_floating_point():
         return y
     for known in pass_.sharers.of(y):
@@ -368,18 +372,20 @@ def _write(
 ) -> Any:
     """A write in place: the tangents of the functional form first, then the write to the primal."""
     pass_, target = arguments.pass_, args[0]
+    target_primal = _plain_one(target)
     primals = [arguments.primal(a) for a in args]
     options = {n: arguments.primal(v) for n, v in kwargs.items()}
     tangents: Sequence[Tensor | None] = [None] * pass_.k
     if pass_.k:
-        inplace.check(target, _plain_one(target), Dual, name_of(func), pass_)
+        inplace.check(target, target_primal, Dual, name_of(func), pass_)
         before = _unwritten(args, primals, pass_)
+        replay = random_state(target_primal.device)  # both forms draw the same numbers
         y = dispatch(functional, before, kwargs)
+        replay()
         if type(y) is Dual:
             tangents = y.tangents
         if y.shape != target.shape:
             raise RuntimeError(f"{name_of(func)}: the target is smaller than the result; clone it")
-    target_primal = _plain_one(target)
     tangents = [like(target_primal, t) for t in tangents]
     if inplace_at >= 0:
         primals[inplace_at] = True

@@ -10,6 +10,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
+_TENSOR = object()  # where a tensor goes in a structure
+
+
+def random_state(device: torch.device) -> Callable[[], None]:
+    """A function that brings the random generator of `device` back to where it is now."""
+    if device.type == "cuda":
+        seen = torch.cuda.get_rng_state(device)
+        return lambda: torch.cuda.set_rng_state(seen, device)
+    seen = torch.get_rng_state()
+    return lambda: torch.set_rng_state(seen)
+
+
 def fallback(
     func: Callable[..., Any],
     args: Sequence[Any],
@@ -34,13 +46,15 @@ def fallback(
 
     y: Any = None
     dys: list[Any] = []
-    random_state = torch.get_rng_state()
+    replay = random_state(
+        next((x.device for x in plain if isinstance(x, Tensor)), torch.device("cpu"))
+    )
     for j in range(k):
         active = [i for i in duals if leaves[i].tangents[j] is not None]
         if not active:
             dys.append(None)
             continue
-        torch.set_rng_state(random_state)
+        replay()
         with torch.set_grad_enabled(y is None):
             found, dy = _jvp(call, plain, active, [leaves[i].tangents[j] for i in active])
         y = found if y is None else y
@@ -58,7 +72,7 @@ def _jvp(
         for i, x in zip(active, xs, strict=True):
             values[i] = x
         leaves, structure["spec"] = tree_flatten(call(values))
-        structure["leaves"] = [None if isinstance(y, Tensor) else y for y in leaves]
+        structure["leaves"] = [_TENSOR if isinstance(y, Tensor) else y for y in leaves]
         return tuple(y for y in leaves if isinstance(y, Tensor))
 
     ys, dys = torch.func.jvp(  # type: ignore[misc]
@@ -69,5 +83,5 @@ def _jvp(
 
 def _fill(structure: dict[str, Any], tensors: Sequence[Tensor], tangent: bool = False) -> Any:
     rest = iter(tensors)
-    leaves = [next(rest) if y is None else (None if tangent else y) for y in structure["leaves"]]
+    leaves = [next(rest) if y is _TENSOR else (None if tangent else y) for y in structure["leaves"]]
     return tree_unflatten(leaves, structure["spec"])

@@ -1,4 +1,4 @@
-"""Calls of every function that has a rule, as data: `CASES` by the function's name.
+"""Calls of every function that has a rule, as data: `CASES`, by the function's name.
 
 ``R(3, 4)`` stands for a random float tensor that may carry a tangent; every other value, tensors
 included, is a constant of the call.
@@ -19,7 +19,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class R:
-    """A random tensor of a shape, with entries in [low, high] or normal, or small whole numbers (ties)."""
+    """A random tensor of a shape: normal, or within [low, high], or of few whole numbers (ties)."""
 
     def __init__(self, *shape: int, low: float = 0, high: float = 0, ties: bool = False):
         self.shape, self.low, self.high, self.ties = shape, low, high, ties
@@ -94,13 +94,19 @@ def index(*values: Any) -> Tensor:
     return torch.tensor(values)
 
 
+Table = dict[str, list[Case]]
 X = C(R(2, 3))
+
+
+def each(names: str, cases: list[Case]) -> Table:
+    """The same cases for several functions."""
+    return {name: cases for name in names.split()}
+
+
 SHAPES = [C(R(3, 4)), C(R()), C(R(1)), C(R(0, 3))]
 mask34 = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
 rows = index([0, 2, 1, 0], [3, 1, 1, 0], [2, 2, 0, 1])  # 3 x 4
 image, volume = R(2, 4, 5, 6), R(1, 2, 4, 4, 4)
-Table = dict[str, list[Case]]
-
 SHAPE: Table = {
     "reshape": [C(R(2, 6), (3, 4)), on(Tensor, C(R(2, 6), -1, 4)),
                 C(R(0, 6), (3, 0))],
@@ -111,11 +117,11 @@ SHAPE: Table = {
     "unsqueeze": [C(R(2, 3), 1), C(R(), 0), C(R(2, 3), dim=-1)],
     "contiguous": [X, C(image, memory_format=torch.channels_last)],
     "permute": [C(R(2, 3, 4), (2, 0, 1)), on(Tensor, C(R(2, 3), 1, 0))],
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), [C(R(2, 3, 4), 0, 2), C(R(2, 3), -1, -2)]),
-    **dict.fromkeys(("moveaxis", "movedim"), [C(R(2, 3, 4), 0, 2), C(R(2, 3, 4), (0, 1), (2, 0))]),
+    **each("transpose swapaxes swapdims", [C(R(2, 3, 4), 0, 2), C(R(2, 3), -1, -2)]),
+    **each("moveaxis movedim", [C(R(2, 3, 4), 0, 2), C(R(2, 3, 4), (0, 1), (2, 0))]),
     "t": [X, C(R(3))],
     "adjoint": [C(R(2, 3, 4))],
-    **dict.fromkeys(("positive", "conj", "resolve_conj", "resolve_neg", "neg", "negative"), SHAPES),
+    **each("positive conj resolve_conj resolve_neg neg negative", SHAPES),
     "clone": [X, C(image, memory_format=torch.channels_last)],
     "expand": [C(R(2, 1, 3), 2, 4, 3), C(R(3), (2, 3)), C(R(2, 1), -1, 0)],
     "broadcast_to": [C(R(1, 3), (2, 3))],
@@ -140,7 +146,7 @@ SHAPE: Table = {
     "diagonal": [C(R(3, 4)), C(R(3, 4), 1), C(R(2, 3, 4), dim1=1, dim2=2)],
     "diag": [C(R(3)), C(R(3, 3)), C(R(3, 4), 1)],
     "diag_embed": [X, C(R(2, 3), 1)],
-    **dict.fromkeys(("tril", "triu"), [C(R(3, 4)), C(R(2, 3, 4), 1), C(R(3, 4), diagonal=-1)]),
+    **each("tril triu", [C(R(3, 4)), C(R(2, 3, 4), 1), C(R(3, 4), diagonal=-1)]),
     "index_select": [C(R(4, 3), 0, index(2, 0, 2)), C(R(4, 3), dim=1, index=index(1))],
     "gather": [C(R(3, 4), 1, rows), C(R(3, 4), dim=0, index=rows % 3)],
     "take": [C(R(3, 4), index(0, 5, 5))],
@@ -149,12 +155,12 @@ SHAPE: Table = {
     "pixel_shuffle": [C(R(1, 4, 2, 3), 2)],
     "pixel_unshuffle": [C(R(1, 1, 4, 6), 2)],
     "channel_shuffle": [C(R(2, 4, 3, 3), 2)],
-    **dict.fromkeys(("atleast_1d", "atleast_2d", "atleast_3d"), [
-        C(R()), C(R(3)), C(R(2, 2)), C(R(), R(3)), C([R(3), R()])]),
+    **each("atleast_1d atleast_2d atleast_3d", [
+        C(R()), C(R(3)), C(R(2, 2)), C(R(), R(3))]),
     "to": [C(R(2, 3), torch.float32), C(R(2, 3), torch.long), C(R(2, 3), "cpu"),
            C(R(2, 3), dtype=torch.float64), C(R(2, 3), torch.zeros(1))],
     "type": [C(R(2, 3), torch.float32), C(R(2, 3), "torch.LongTensor")],
-    **dict.fromkeys(("float", "double", "half", "bfloat16", "cpu"), [X]),
+    **each("float double half bfloat16 cpu", [X]),
     "cuda": [but(X, cuda=True)], "pin_memory": [but(X, cuda=True, strided=False)],
     "sum": [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1), keepdim=True), C(R(3, 4), dim=-1),
             C(R(3, 4), dtype=torch.float32), C(R(0, 4)), C(R(0, 4), 0)],
@@ -173,21 +179,23 @@ SHAPE: Table = {
     "expand_as": [C(R(1, 3), torch.zeros(2, 3))],
     "reshape_as": [C(R(2, 6), torch.zeros(3, 4)), C(R(2, 6), R(3, 4))],
     "type_as": [C(R(2, 3), torch.zeros(1)), C(R(2, 3), R(1))],
-    **dict.fromkeys(("cat", "concat", "concatenate"), [
-        C([R(2, 3), R(1, 3)]), C((R(2, 3), R(2, 2), torch.ones(2, 1)), 1), C([R(2, 3), R(2, 0)], dim=-1)]),
+    **each("cat concat concatenate", [
+        C([R(2, 3), R(1, 3)]), C((R(2, 3), R(2, 2), torch.ones(2, 1)), 1),
+           C([R(2, 3), R(2, 0)], dim=-1)]),
     "stack": [C([R(2, 3), R(2, 3)]), C((R(3), torch.ones(3)), dim=1)],
-    **dict.fromkeys(("hstack", "vstack", "dstack"), [C([R(2, 3), R(2, 3)]), C((R(3), torch.ones(3)))]),
+    **each("hstack vstack dstack", [C([R(2, 3), R(2, 3)]), C((R(3), torch.ones(3)))]),
     "broadcast_tensors": [C(R(2, 1), R(3)), C(R(2, 1), torch.ones(3), R())],
     "pad": [C(R(2, 3), (1, 2)), C(R(2, 3), (1, -1, 0, 2), "constant", 3.0),
             C(R(1, 2, 5), (1, 2), mode="reflect"), C(R(1, 2, 5), (1, 2), mode="circular"),
             C(R(1, 2, 5), (1, 2), mode="replicate")],
-    "constant_pad_nd": [C(R(2, 3), (1, 2)), C(R(2, 3), (1, 2), 3.0), C(R(2, 3), (0, 1), value=-inf)],
+    "constant_pad_nd": [C(R(2, 3), (1, 2)), C(R(2, 3), (1, 2), 3.0),
+                        C(R(2, 3), (0, 1), value=-inf)],
     "where": [*(on(torch, c) for c in (C(mask34, R(3, 4), R(3, 4)), C(mask34, R(4), R(3, 1)),
               C(mask34, R(), 2.0), C(mask34, -inf, R(3, 4)), C(mask34[0], R(3, 4), R(4)))),
               on(Tensor, C(R(3, 4), mask34, R(4))), on(Tensor, C(R(3, 4), mask34, 0.0))],
     "masked_fill": [C(R(3, 4), mask34, 2.0), C(R(3, 4), mask34[0], -inf), C(R(3, 4), mask34, R()),
                     C(R(1, 4), mask34, 0.0)],
-    **dict.fromkeys(("scatter", "scatter_add"), [C(R(4, 4), 1, rows.sort(1)[0].new_tensor(
+    **each("scatter scatter_add", [C(R(4, 4), 1, rows.sort(1)[0].new_tensor(
         [[0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]]), R(3, 4)),
         C(R(4, 4), dim=0, index=index([0, 1, 2, 3]), src=torch.ones(1, 4, dtype=torch.float64))]),
     "index_copy": [C(R(4, 3), 0, index(2, 0), R(2, 3))],
@@ -222,11 +230,11 @@ DOMAINS: dict[str, tuple[float, float]] = {
     "reciprocal": (0.5, 2.0), "log1p": (-0.9, 2.0), "asin": (-0.9, 0.9), "acos": (-0.9, 0.9),
     "tan": (-1.2, 1.2), "relu6": (-9, 9), "hardswish": (-5, 5), "hardsigmoid": (-5, 5),
 }  # fmt: skip
-UNARY = (
-    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asin acos "
-    "atan erf erfc abs absolute tanh sigmoid softsign tanhshrink log_sigmoid nan_to_num relu relu6 silu "
-    "mish hardswish hardsigmoid selu"
-).split()
+UNARY = """
+    exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan sinh cosh asin
+    acos atan erf erfc abs absolute tanh sigmoid softsign tanhshrink log_sigmoid nan_to_num relu
+    relu6 silu mish hardswish hardsigmoid selu
+"""
 
 
 def unary(name: str) -> list[Case]:
@@ -234,13 +242,15 @@ def unary(name: str) -> list[Case]:
     return [C(R(*s, low=low, high=high)) for s in ((3, 4), (), (1,), (0, 3))]
 
 
-BROADCAST = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(), R(2, 3)), C(R(3, 4), 2.5), C(R(0, 3), R(3)),
+BROADCAST = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(), R(2, 3)), C(R(3, 4), 2.5),
+             C(R(0, 3), R(3)),
              C(R(2, 3), index(1, 2, 3))]  # fmt: skip
 QUOTIENT = [C(R(3, 4), R(3, 4, low=1, high=2)), C(R(3, 1), R(4, low=1, high=2)), C(R(2, 3), 2.5),
             C(index(1, 2, 3), R(2, 3, low=1, high=2)),
             C(R(3, 4), R(4, low=1, high=2), rounding_mode="floor")]  # fmt: skip
 positive = R(3, 4, low=0.3, high=2)
-CLAMP = [C(R(3, 4), -0.5, 0.5), C(R(3, 4), min=-0.5), C(R(3, 4), max=0.5), C(R(4, 4, ties=True), 0, 1),
+CLAMP = [C(R(3, 4), -0.5, 0.5), C(R(3, 4), min=-0.5), C(R(3, 4), max=0.5),
+         C(R(4, 4, ties=True), 0, 1),
          C(R(3, 4), R(3, 4), R(4)), C(R(3, 4), max=R(4)),
          C(R(5, 5, ties=True), R(5, 5, ties=True), R(5, 5, ties=True))]  # fmt: skip
 CHOICE = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(5, 5, ties=True), R(5, 5, ties=True))]
@@ -248,32 +258,33 @@ DROPOUT = [on(F, C(R(3, 4), 0.5, True)), on(F, C(R(3, 4), 0.5, training=False)),
            on(F, C(R(3, 4), p=0.0)), on(F, C(R(3, 4), 1.0))]  # fmt: skip
 
 ELEMENTWISE: Table = {
-    **{name: unary(name) for name in UNARY},
+    **{name: unary(name) for name in UNARY.split()},
     "gelu": [*SHAPES, C(R(3, 4), approximate="tanh")],
     "leaky_relu": [*SHAPES, C(R(3, 4), 0.2), C(R(3, 4), negative_slope=0.3)],
     "elu": [*SHAPES, C(R(3, 4), 0.5), C(R(3, 4), alpha=1.5)],
     "hardtanh": [*SHAPES, C(R(3, 4), -0.5, 0.7), C(R(3, 4), min_val=-0.1)],
     "softplus": [*SHAPES, C(R(3, 4), 2), C(R(3, 4), threshold=0.5)],
     "add": [*BROADCAST, C(R(3, 4), R(4), alpha=2), C(R(3, 4), 2, alpha=3)],
-    **dict.fromkeys(("sub", "subtract"), [*BROADCAST, C(R(3, 1), R(4), alpha=2)]),
-    **dict.fromkeys(("mul", "multiply"), [*BROADCAST, C(R(3, 4), mask34)]),
-    **dict.fromkeys(("div", "divide"), QUOTIENT),
+    **each("sub subtract", [*BROADCAST, C(R(3, 1), R(4), alpha=2)]),
+    **each("mul multiply", [*BROADCAST, C(R(3, 4), mask34)]),
+    **each("div divide", QUOTIENT),
     "true_divide": QUOTIENT[:-1],
-    "pow": [C(positive, 2), C(positive, -1.5), C(R(3, 4), 3), C(R(3, 4), 0), C(R(3, 3, ties=True), 1),
+    "pow": [C(positive, 2), C(positive, -1.5), C(R(3, 4), 3), C(R(3, 4), 0),
+            C(R(3, 3, ties=True), 1),
             C(R(3, 3, ties=True), 2), C(positive, R(4)), on(torch, C(2.0, R(3))),
             C(R(3, 4), index(0, 1, 2, 3)), C(R(3, 3, ties=True), index(0, 1, 2)),
             C(torch.tensor([0.0, 2.0]), R(2, low=1, high=2))],
     "__rsub__": [C(R(3, 4), 2.0), C(R(3, 1), R(4))],
-    **dict.fromkeys(("__rdiv__", "__rtruediv__"), [C(positive, 2.0)]),
+    "__rdiv__": [C(positive, 2.0)],
     "__rpow__": [C(R(3, 4), 2.0), C(R(3, 4), 3)],
     "rsub": [C(R(3, 4), 2.0), C(R(3, 1), R(4)), C(R(3, 1), R(4), alpha=2)],
     "addcmul": [C(R(3, 4), R(3, 4), R(3, 4)), C(R(3, 4), R(4), R(3, 1), value=0.5)],
     "addcdiv": [C(R(3, 4), R(3, 4), positive), C(R(3, 4), R(4), positive, value=0.5)],
     "lerp": [C(R(3, 4), R(3, 4), 0.3), C(R(3, 4), R(4), R(3, 4)), C(R(3, 4), R(3, 4), weight=R())],
-    **dict.fromkeys(("clamp", "clip"), CLAMP),
+    **each("clamp clip", CLAMP),
     "clamp_min": [C(R(3, 4), 0.2), C(R(5, 5, ties=True), R(5, 5, ties=True))],
     "clamp_max": [C(R(3, 4), 0.2), C(R(5, 5, ties=True), R(5, 5, ties=True))],
-    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), CHOICE),
+    **each("maximum minimum fmax fmin", CHOICE),
     "dropout": [*DROPOUT, on(torch, C(R(3, 4), 0.5, True)), on(torch, C(R(3, 4), 0.5, False))],
     "dropout1d": [on(F, C(R(2, 3, 4), 0.5))],
     "dropout2d": [on(F, C(image, 0.5)), on(F, C(image, 0.5, False))],
@@ -282,9 +293,11 @@ ELEMENTWISE: Table = {
 
 filters = R(6, 4, 3, 3)
 LINEAR: Table = {
-    **dict.fromkeys(("matmul", "__matmul__"), [
-        C(R(3, 4), R(4, 5)), C(R(4), R(4)), C(R(4), R(4, 5)), C(R(3, 4), R(4)), C(R(2, 3, 4), R(4, 5)),
-        C(R(2, 1, 3, 4), R(5, 4, 2)), C(R(0, 4), R(4, 5)), C(R(3, 0), R(0, 5)), C(R(1, 1), R(1, 1))]),
+    **each("matmul __matmul__", [
+        C(R(3, 4), R(4, 5)), C(R(4), R(4)), C(R(4), R(4, 5)), C(R(3, 4), R(4)),
+            C(R(2, 3, 4), R(4, 5)),
+        C(R(2, 1, 3, 4), R(5, 4, 2)), C(R(0, 4), R(4, 5)), C(R(3, 0), R(0, 5)),
+            C(R(1, 1), R(1, 1))]),
     "__rmatmul__": [C(R(4, 5), R(3, 4)), C(R(4), R(4))],
     "mm": [C(R(3, 4), R(4, 5)), C(R(0, 4), R(4, 5))], "bmm": [C(R(2, 3, 4), R(2, 4, 5))],
     "mv": [C(R(3, 4), R(4))], "dot": [C(R(4), R(4))], "vdot": [C(R(4), R(4))],
@@ -297,12 +310,15 @@ LINEAR: Table = {
     "addmm": [C(R(5), R(3, 4), R(4, 5)), C(R(3, 5), R(3, 4), R(4, 5), beta=0.5, alpha=2)],
     "addmv": [C(R(3), R(3, 4), R(4)), C(R(3), R(3, 4), R(4), beta=2)],
     "addr": [C(R(3, 4), R(3), R(4)), C(R(3, 4), R(3), R(4), alpha=-1)],
-    "baddbmm": [C(R(2, 3, 5), R(2, 3, 4), R(2, 4, 5)), C(R(5), R(2, 3, 4), R(2, 4, 5), beta=0.5, alpha=2)],
+    "baddbmm": [C(R(2, 3, 5), R(2, 3, 4), R(2, 4, 5)),
+                C(R(5), R(2, 3, 4), R(2, 4, 5), beta=0.5, alpha=2)],
     "addbmm": [C(R(3, 5), R(2, 3, 4), R(2, 4, 5)), C(R(3, 5), R(2, 3, 4), R(2, 4, 5), beta=0.5)],
     "einsum": [C("ij,jk->ik", R(3, 4), R(4, 5)), C("bhid,bhjd->bhij", R(2, 2, 3, 4), R(2, 2, 5, 4)),
-               C("ii->i", R(3, 3)), C("i,i,i->", R(4), R(4), R(4)), C("...i,ji", R(2, 3, 4), R(5, 4)),
+               C("ii->i", R(3, 3)), C("i,i,i->", R(4), R(4), R(4)),
+                   C("...i,ji", R(2, 3, 4), R(5, 4)),
                C("ij,j->i", [R(3, 4), R(4)])],
-    "tensordot": [C(R(2, 3, 4), R(3, 4, 5)), C(R(2, 3), R(3, 2), dims=([0, 1], [1, 0])), C(R(2), R(3), 0)],
+    "tensordot": [C(R(2, 3, 4), R(3, 4, 5)), C(R(2, 3), R(3, 2), dims=([0, 1], [1, 0])),
+                  C(R(2), R(3), 0)],
     "conv1d": [C(R(2, 4, 7), R(6, 4, 3), R(6)), C(R(2, 4, 7), R(4, 1, 3), None, 2, 1, 1, 4),
                C(R(4, 7), R(6, 4, 3), R(6), padding="same")],
     "conv2d": [C(image, filters, R(6)), C(image, filters, R(6), stride=2, padding=1),
@@ -311,16 +327,19 @@ LINEAR: Table = {
                C(R(2, 3, 8, 8), R(5, 3, 4, 4), R(5), stride=4), C(R(4, 5, 6), filters, R(6))],
     "conv3d": [C(volume, R(3, 2, 2, 2, 2), R(3))],
     "conv_transpose1d": [C(R(2, 4, 7), R(4, 3, 3), R(3), stride=2, output_padding=1)],
-    "conv_transpose2d": [C(image, R(4, 3, 3, 3), R(3)), C(image, R(4, 2, 2, 2), None, 2, 1, 0, 2, 1)],
+    "conv_transpose2d": [C(image, R(4, 3, 3, 3), R(3)),
+                         C(image, R(4, 2, 2, 2), None, 2, 1, 0, 2, 1)],
     "conv_transpose3d": [C(volume, R(2, 3, 2, 2, 2), R(3))],
-    # backward gives the padding row no gradient, its tangent counts nevertheless: not an adjoint pair
-    "embedding": [C(rows, R(5, 3)), C(index(1, 1), R(5, 3)), but(C(rows, R(5, 3), 0), adjoint=False)],
+    # backward gives the padding row no gradient, but its tangent counts: not an adjoint pair
+    "embedding": [C(rows, R(5, 3)), C(index(1, 1), R(5, 3)),
+                  but(C(rows, R(5, 3), 0), adjoint=False)],
 }  # fmt: skip
 
 running_mean, running_var = torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).double()
 NORM: Table = {
-    "layer_norm": [C(R(2, 3, 8), (8,), R(8), R(8)), C(R(2, 3, 4), (3, 4), R(3, 4), R(3, 4)), C(R(3, 8), (8,)),
-                   C(R(3, 8), (8,), R(8)), C(R(3, 8), [8], None, R(8)), C(R(0, 8), (8,), R(8), R(8)),
+    "layer_norm": [C(R(2, 3, 8), (8,), R(8), R(8)), C(R(2, 3, 4), (3, 4), R(3, 4), R(3, 4)),
+                   C(R(3, 8), (8,)), C(R(3, 8), (8,), R(8)), C(R(3, 8), [8], None, R(8)),
+                   C(R(0, 8), (8,), R(8), R(8)),
                    C(R(3, 7), (7,), R(7), R(7), 1e-2), C(R(3, 8), (8,), weight=R(8), eps=1e-6)],
     "rms_norm": [C(R(2, 3, 8), (8,), R(8)), C(R(2, 3, 4), (3, 4), R(3, 4)), C(R(3, 8), (8,)),
                  C(R(3, 7), (7,), R(7), 1e-2), C(R(3, 8), (8,), weight=R(8), eps=1e-6),
@@ -330,10 +349,12 @@ NORM: Table = {
     "batch_norm": [*(on(F, c) for c in (C(image, running_mean, running_var, R(4), R(4)),
                    C(image, running_mean, running_var), C(R(3, 4), running_mean, running_var, R(4)),
                    C(image, running_mean, running_var, weight=R(4), bias=R(4), eps=0.1))),
-                   on(torch, C(image, R(4), R(4), running_mean, running_var, False, 0.1, 1e-5, False))],
+                   on(torch, C(image, R(4), R(4), running_mean, running_var, False, 0.1, 1e-5,
+                       False))],
     "instance_norm": [C(image), C(image, weight=R(4), bias=R(4)), C(image, None, None, R(4)),
                       C(image, running_mean, running_var, R(4), R(4), use_input_stats=False)],
-    "_weight_norm": [C(R(3, 4), R(3, 1)), C(R(3, 4), R(1, 4), 1), C(R(3, 4, 2), R(3, 1, 1)), C(R(3, 4), R(), -1)],
+    "_weight_norm": [C(R(3, 4), R(3, 1)), C(R(3, 4), R(1, 4), 1), C(R(3, 4, 2), R(3, 1, 1)),
+                     C(R(3, 4), R(), -1)],
     "normalize": [C(R(3, 4)), C(R(3, 4), dim=0), C(R(3, 4), 2.0, -1), C(R(2, 3, 4), dim=(1, 2)),
                   C(R(3, 4), eps=2.0)],
 }  # fmt: skip
@@ -341,24 +362,36 @@ NORM: Table = {
 POOL = [(1,), (3, 2, 1), (2, 2, 0, 1, True), (2, 1, 0, 2)]
 EXTREME = [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), 0, True), C(R(3, 4), dim=-1, keepdim=True),
            C(R(5, 5, ties=True)), C(R(1, 4), 0)]  # fmt: skip
-SPREAD = [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1)), C(R(3, 4), -1, False, True), C(R(3, 4), unbiased=False),
-          C(R(3, 4), dim=0, keepdim=True), C(R(3, 4), False), C(R(3, 4), (1,), False),
-          C(R(3, 1), -1, False), C(R(1, 3), 1)]  # fmt: skip
-NORMS = [C(R(3, 4)), C(R(3, 4), dim=1), C(R(3, 4), 2, 1, True), C(R(4), 2), C(R(2, 3, 4), dim=(0, 2))]
+SPREAD = [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1)), C(R(3, 4), -1, False, True),
+          C(R(3, 4), unbiased=False), C(R(3, 4), dim=0, keepdim=True), C(R(3, 4), False),
+          C(R(3, 4), (1,), False), C(R(1, 3), 1)]  # fmt: skip
+NORMS = [
+    C(R(3, 4)),
+    C(R(3, 4), dim=1),
+    C(R(3, 4), 2, 1, True),
+    C(R(4), 2),
+    C(R(2, 3, 4), dim=(0, 2)),
+]
 REDUCTION: Table = {
     "softmax": [C(R(3, 4), -1), C(R(3, 4), dim=0), C(R(2, 3, 4), 1), C(R(0, 4), -1), C(R(3, 1), 1),
                 C(R(3, 4), dim=1, dtype=torch.float32)],
-    "log_softmax": [C(R(3, 4), -1), C(R(3, 4), dim=0), C(R(0, 4), 1), C(R(3, 4), dim=1, dtype=torch.float32)],
-    "logsumexp": [C(R(3, 4), 1), C(R(3, 4), (0, 1)), C(R(3, 4), dim=-1, keepdim=True), C(R(0, 4), 1)],
+    "log_softmax": [C(R(3, 4), -1), C(R(3, 4), dim=0), C(R(0, 4), 1),
+                    C(R(3, 4), dim=1, dtype=torch.float32)],
+    "logsumexp": [C(R(3, 4), 1), C(R(3, 4), (0, 1)), C(R(3, 4), dim=-1, keepdim=True),
+                  C(R(0, 4), 1)],
     "max": EXTREME, "min": EXTREME,
     "topk": [C(R(3, 4), 2), C(R(3, 4), 2, 0, False), C(R(3, 4), k=1, dim=1)],
     "sort": [C(R(3, 4)), C(R(3, 4), 0, True), C(R(3, 4), descending=True)],
-    **dict.fromkeys(("amax", "amin"), [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1), keepdim=True),
-                    C(R(5, 5, ties=True), dim=-1), C(R(5, 5, ties=True)), C(R(2, 1, 3), dim=(0, 2))]),
+    **each("amax amin", [C(R(3, 4)), C(R(3, 4), 1), C(R(3, 4), (0, 1), keepdim=True),
+                    C(R(5, 5, ties=True), dim=-1), C(R(5, 5, ties=True)),
+                        C(R(2, 1, 3), dim=(0, 2))]),
     "max_pool1d": [C(R(2, 3, 8), *p) for p in POOL],
-    "max_pool2d": [*(C(image, *p) for p in POOL), C(R(3, 5, 6), (2, 3), stride=1), C(R(1, 1, 5, 5, ties=True), 3)],
+    "max_pool2d": [*(C(image, *p) for p in POOL), C(R(3, 5, 6), (2, 3), stride=1),
+                   C(R(1, 1, 5, 5, ties=True), 3)],
     "max_pool3d": [C(volume, *p) for p in POOL[:2]],
-    "var": SPREAD, "std": SPREAD,
+    "var": [*SPREAD, C(R(3, 1), -1, False)],
+    # of one number: torch's JVP is 0, its backward NaN
+    "std": [*SPREAD, but(C(R(3, 1), -1, False), adjoint=False)],
     "norm": [*NORMS, C(R(3, 4), "fro", 0)],
     "linalg_vector_norm": NORMS,
     "linalg_norm": [C(R(3, 4)), C(R(3, 4), dim=1), C(R(4), 2), C(R(2, 3, 4), dim=(0, 2)),
@@ -389,9 +422,11 @@ separate = (None, R(3 * E), None, None, False, 0.0, R(E, E), R(E))
 ATTENTION: Table = {
     "scaled_dot_product_attention": [
         C(heads(3), heads(5), heads(5)), C(heads(3), heads(5), heads(5), allowed),
-        C(heads(3), heads(5), heads(5), attn_mask=additive), C(heads(4), heads(4), heads(4), is_causal=True),
+        C(heads(3), heads(5), heads(5), attn_mask=additive),
+            C(heads(4), heads(4), heads(4), is_causal=True),
         C(heads(3), heads(5), heads(5), is_causal=True), C(heads(3), heads(5), heads(5), blind),
-        C(heads(3), heads(5), heads(5), R(3, 5)), C(heads(3), heads(5), heads(5), R(2, 1, 3, 5), scale=0.3),
+        C(heads(3), heads(5), heads(5), R(3, 5)),
+            C(heads(3), heads(5), heads(5), R(2, 1, 3, 5), scale=0.3),
         C(heads(3), heads(5), heads(5), R(2, 1, 1, 5)), C(heads(3), heads(5), heads(5), scale=2.0),
         C(heads(3, 4), heads(5), heads(5), enable_gqa=True), C(R(3, 4), R(5, 4), R(5, 6)),
         C(heads(3, 4), heads(5), heads(5), allowed, enable_gqa=True, scale=0.2),
@@ -409,16 +444,19 @@ ATTENTION: Table = {
                    attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1)),
         multi_head(R(3, E), R(5, E), R(5, E), need_weights=False),
         multi_head(query, key, key, R(3 * E, E), None, None, None, False, 0.0, R(E, E), None),
-        multi_head(query, key, key, R(3 * E, E), R(3 * E), R(1, 1, E), R(1, 1, E), True, 0.0, R(E, E), R(E)),
+        multi_head(query, key, key, R(3 * E, E), R(3 * E), R(1, 1, E), R(1, 1, E), True, 0.0, R(E,
+            E), R(E)),
         multi_head(query, R(5, 2, 6), R(5, 2, 7), *separate, use_separate_proj_weight=True,
-                   q_proj_weight=R(E, E), k_proj_weight=R(E, 6), v_proj_weight=R(E, 7), need_weights=False),
+                   q_proj_weight=R(E, E), k_proj_weight=R(E, 6), v_proj_weight=R(E, 7),
+                       need_weights=False),
     ],
 }  # fmt: skip
 
 CASES: Table = {**SHAPE, **SAMPLING, **ELEMENTWISE, **LINEAR, **NORM, **REDUCTION, **ATTENTION}
 ALIASES = {
-    "special_exp2": "exp2", "special_expm1": "expm1", "special_log1p": "log1p", "special_erf": "erf",
+    "special_exp2": "exp2", "special_expm1": "expm1", "special_log1p": "log1p",
+        "special_erf": "erf",
     "special_erfc": "erfc", "special_expit": "sigmoid", "special_logsumexp": "logsumexp",
+    "special_softmax": "softmax", "special_log_softmax": "log_softmax",
 }  # fmt: skip
 CASES |= {alias: CASES[name] for alias, name in ALIASES.items()}
-CASES |= {f"special_{name}": CASES[name] for name in ("softmax", "log_softmax")}

@@ -1,6 +1,7 @@
 """Model factories of four libraries: small sizes, and real ones where a name says so.
 
-``MODELS[name]() -> (model, args, kwargs)`` in float64 and evaluation mode. Each skips without its library.
+``MODELS[name]() -> (model, args, kwargs)`` in float64 and evaluation mode; it skips the test where
+the library is missing.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def _open_clip(kind: str, size: int = 28, **vision: Any) -> Made:
 
 
 MODELS["open_clip.CLIP"] = partial(_open_clip, "CLIP")
-MODELS["open_clip.CustomTextCLIP"] = partial(_open_clip, "CustomTextCLIP", pool_type="avg", no_ln_pre=True)
+MODELS["open_clip.CustomTextCLIP"] = partial(
+    _open_clip, "CustomTextCLIP", pool_type="avg", no_ln_pre=True
+)
 MODELS["open_clip.CLIP.attentional_pool"] = partial(
     _open_clip, "CLIP", attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=4
 )
@@ -149,10 +152,21 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "BertModel": ("BertConfig", dict(_TOKENS, **_SIZES)),
-    "GPT2LMHeadModel": ("GPT2Config", dict(_TOKENS, n_positions=32, n_embd=32, n_layer=2, n_head=4)),
+    "GPT2LMHeadModel": (
+        "GPT2Config",
+        dict(_TOKENS, n_positions=32, n_embd=32, n_layer=2, n_head=4),
+    ),
     "T5ForConditionalGeneration": (
         "T5Config",
-        dict(_TOKENS, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0),
+        dict(
+            _TOKENS,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        ),
     ),
     "LlamaForCausalLM": ("LlamaConfig", dict(_TOKENS, num_key_value_heads=2, **_SIZES)),
 }
@@ -181,8 +195,8 @@ MODELS["torchvision.convnext_tiny"] = partial(_torchvision, "convnext_tiny", 32)
 @add("torchvision.swin_v2")
 def swin_v2() -> Made:
     swin = pytest.importorskip("torchvision").models.swin_transformer
-    # no window is padded: the keys of padding are zero vectors, at whose norm torch's second derivative,
-    # which backward through torch.func.jvp needs, is NaN
+    # no window is padded: the keys of padding are zero vectors, at whose norm torch's second
+    # derivative, which backward through torch.func.jvp needs, is NaN
     model = swin.SwinTransformer(
         [4, 4], 24, [2, 2], [2, 4], window_size=[4, 4],
         block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2,

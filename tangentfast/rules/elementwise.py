@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.rules.registry import Jvp, add, functions, rule
+from tangentfast.rules.registry import Jvp, add, composite, functions, rule
 
 aten = torch.ops.aten
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (dx, x, y) -> dy
@@ -171,7 +171,7 @@ def div(input: Any, other: Any, rounding_mode: str | None = None) -> tuple[Tenso
     return y, jvp
 
 
-@rule("pow")
+@rule("pow", "__pow__")  # x ** 2 is not Tensor.pow
 def pow(input: Any, exponent: Any) -> tuple[Tensor, Jvp]:
     y = torch.pow(input, exponent)
 
@@ -313,16 +313,16 @@ for _function in functions("maximum", "minimum", "fmax", "fmin"):
 
 
 def _dropout(function: Callable[..., Any]) -> None:
-    """Linear once the mask is drawn; drawn as torch draws it, so that seeds mean the same."""
+    """Linear once the mask is drawn; drawn once, as torch draws it, so that seeds mean the same."""
 
-    @rule(function)
+    @composite(function)
     def dropout(
         input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> tuple[Tensor, Jvp]:
+    ) -> Tensor:
         if not training or p == 0:
-            return input, lambda dx, *_: dx
+            return input
         mask = function(torch.ones_like(input), p, training)
-        return input * mask, lambda dx, *_: dx * mask
+        return input.mul_(mask) if inplace else input * mask
 
 
 for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout):

@@ -56,7 +56,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[T
         dy = F.linear(dx, weight, dbias)
         if dweight is None:
             return dy
-        if dy.numel() == 0 or weight.dim() == 1 or not dy.dtype == input.dtype == dweight.dtype:
+        if (
+            0 in (dy.numel(), input.numel())
+            or weight.dim() == 1
+            or not dy.dtype == input.dtype == dweight.dtype
+        ):
             return dy.add_(F.linear(input, dweight))  # dtypes differ under autocast
         rows = dy.view(-1, dy.shape[-1])
         rows.addmm_(input.reshape(-1, input.shape[-1]), dweight.t())  # into dy: no second buffer

@@ -154,14 +154,14 @@ def instance_norm(
 
 @rule(torch._weight_norm)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Jvp]:
-    """g v / |v|, the norm over every dimension but `dim`."""
+    """g v / |v|, the norm over every dimension but `dim`; over all of them where that is -1."""
     length = torch.norm_except_dim(v, 2, dim)
     direction = v / length
 
     def jvp(dv: Any, dg: Any, _: None) -> Tensor | None:
         turned = None
         if dv is not None:
-            others = [i for i in range(v.dim()) if i != dim % v.dim()]
+            others = [i for i in range(v.dim()) if i != dim]
             along = (dv * direction).sum(others, keepdim=True)
             turned = (dv - along * direction) * (g / length)
         return add(turned, None if dg is None else dg * direction)

@@ -134,8 +134,8 @@ for _function in functions("max", "min", "topk", "sort"):
     _selected(_function)
 
 
-def _max_pool(function: Callable[..., Any], with_indices: Callable[..., Any], spatial: int) -> None:
-    @rule(function)
+def _max_pool(name: str, with_indices: Callable[..., Any], spatial: int) -> None:
+    @rule(name)
     def max_pool(
         input: Tensor,
         kernel_size: Any,
@@ -143,7 +143,10 @@ def _max_pool(function: Callable[..., Any], with_indices: Callable[..., Any], sp
         padding: Any = 0,
         dilation: Any = 1,
         ceil_mode: bool = False,
-    ) -> tuple[Tensor, Jvp]:
+        return_indices: bool = False,
+    ) -> tuple[Tensor, Jvp] | None:
+        if return_indices:
+            return None
         y, chosen = with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
 
         def jvp(dx: Tensor, *_: None) -> Tensor:
@@ -153,9 +156,9 @@ def _max_pool(function: Callable[..., Any], with_indices: Callable[..., Any], sp
         return y, jvp
 
 
-_max_pool(torch.max_pool1d, F.max_pool1d_with_indices, 1)
-_max_pool(torch.max_pool2d, F.max_pool2d_with_indices, 2)
-_max_pool(torch.max_pool3d, F.max_pool3d_with_indices, 3)
+_max_pool("max_pool1d", F.max_pool1d_with_indices, 1)
+_max_pool("max_pool2d", F.max_pool2d_with_indices, 2)
+_max_pool("max_pool3d", F.max_pool3d_with_indices, 3)
 
 
 def _extreme(function: Callable[..., Any]) -> None:

@@ -91,10 +91,8 @@ def broadcast_tensors(*tensors: Tensor) -> tuple[Any, Jvp]:
 
 def _at_least(function: Callable[..., Any]) -> None:
     @rule(function)
-    def at_least(*tensors: Any) -> tuple[Any, Jvp]:
-        def jvp(*d: Any) -> Any:
-            if isinstance(d[0], list):
-                return jvp(*d[0])
+    def at_least(*tensors: Tensor) -> tuple[Any, Jvp]:
+        def jvp(*d: Tensor | None) -> Any:
             ys = [None if dx is None else function(dx) for dx in d]
             return ys if isinstance(y, (tuple, list)) else ys[0]
 

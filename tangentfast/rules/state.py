@@ -29,10 +29,10 @@ metadata(
         "sym_size",
         "sym_stride",
     ),
-    *("sym_numel", "result_type", "can_cast", "has_names", "__len__", "__hash__", "__repr__"),
+    *("sym_numel", "result_type", "can_cast", "has_names", "__len__", "__repr__"),
     *("__format__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
     *("requires_grad_", "is_storage", "is_tensor", "broadcast_shapes"),
-    *("__dlpack_device__", "ndim", "typename"),
+    *("__dlpack_device__", "ndim"),
 )
 constant(
     *("detach", "eq", "ne", "lt", "le", "gt", "ge", "equal", "greater", "less", "greater_equal"),

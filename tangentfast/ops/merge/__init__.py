@@ -17,6 +17,7 @@ from tangentfast.ops.merge import reference
 __all__ = ["gram", "merge_"]
 
 
+@torch.no_grad()
 def merge_(
     bases: Sequence[Tensor],
     vectors: Sequence[Sequence[Tensor]],
@@ -41,8 +42,7 @@ def merge_(
     used = [i for i, row in enumerate(vectors) if row]
     for device in dict.fromkeys(bases[i].device for i in used):
         here = [i for i in used if bases[i].device == device]
-        some = [bases[i].detach() for i in here]
-        rows = [[v.detach() for v in vectors[i]] for i in here]
+        some, rows = [bases[i] for i in here], [vectors[i] for i in here]
         factors = [[float(a) for a in alphas[i]] for i in here]
         if choose("merge_", device, backend) == "reference":
             reference.merge_(some, rows, factors)
@@ -51,6 +51,7 @@ def merge_(
             torch.ops.tangentfast.merge_(some, list(chain(*rows)), counts, list(chain(*factors)))
 
 
+@torch.no_grad()
 def gram(
     rows: Sequence[Sequence[Tensor]],
     owners: Sequence[Sequence[int]],
@@ -75,7 +76,7 @@ def gram(
     total = torch.zeros(size, size, dtype=torch.float64, device=target)
     for device in devices:
         here = [r for r, row in enumerate(rows) if row and row[0].device == device]
-        tensors = [[t.detach() for t in rows[r]] for r in here]
+        tensors = [rows[r] for r in here]
         columns = [list(owners[r]) for r in here]
         if not here:
             continue

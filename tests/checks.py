@@ -1,0 +1,203 @@
+"""How a rule is checked: its tangents, their linearity, the adjoint identity, no fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Call, Case, Table
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from truth import TOLERANCE, floats, relative, torch_jvp, units
+
+from tangentfast.dual import Dual, Pass, make_dual, name_of, running
+from tangentfast.inplace import FORMS
+from tangentfast.rules import RULES
+
+Function = Callable[..., Any]
+WRITES = set(FORMS.values())
+DIFFERENTIABLE = ("linear", "rule", "fused", "composite")
+
+
+def of_kind(*kinds: str) -> list[Function]:
+    return [f for f, r in RULES.items() if r.kind in kinds and f not in WRITES]
+
+
+def room(function: Function) -> str:
+    """Where torch keeps a function: names are not unique."""
+    for place in (torch, Tensor, F, torch.special, torch._C._nn):
+        if getattr(place, getattr(function, "__name__", ""), None) is function:
+            return place.__name__
+    return type(function).__name__
+
+
+def calls(table: Table, *kinds: str) -> Iterable[Any]:
+    """(function, case) for every function of these kinds and every case of its name."""
+    for function in of_kind(*kinds):
+        for case in table.get(name_of(function), []):
+            if case.applies(function):
+                name = f"{room(function)}.{name_of(function)}"
+                yield pytest.param(function, case, id=f"{name}({case})")
+
+
+def check_complete(table: Table, functions: Iterable[Function], *kinds: str) -> None:
+    """Every function has a case, and every name in the table is that of a function."""
+    tested = {p.values[0] for p in calls(table, *kinds)}
+    assert [f"{room(f)}.{name_of(f)}" for f in functions if f not in tested] == []
+    assert set(table) <= {name_of(f) for f in of_kind(*kinds)}
+
+
+def directions(call: Call, active: Sequence[int], seed: int = 0) -> list[Tensor | None]:
+    """A random tangent for each leaf of `call` that is in `active`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        if i in active
+        else None
+        for i, x in enumerate(tree_flatten(call)[0])
+    ]
+
+
+def tangentfast_jvp(
+    function: Function, call: Call, rows: Sequence[Sequence[Tensor | None]]
+) -> tuple[Any, list[Any]]:
+    """(y, [dy_1 … dy_K]) by the rules, without a single fallback."""
+    leaves, spec = tree_flatten(call)
+    pass_ = Pass(len(rows))
+    duals = [
+        make_dual(x.view_as(x), [row[i] for row in rows], pass_)
+        if any(row[i] is not None for row in rows)
+        else x
+        for i, x in enumerate(leaves)
+    ]
+    args, kwargs = tree_unflatten(duals, spec)
+    torch.manual_seed(0)
+    with running(pass_):
+        out, shape = tree_flatten(function(*args, **kwargs))
+    assert not pass_.fallbacks
+    primals = [y.primal if type(y) is Dual else y for y in out]
+    assert not any(isinstance(y, Dual) for y in primals)
+
+    def tangent(y: Any, k: int) -> Any:
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            return y
+        if type(y) is Dual and y.tangents[k] is not None:
+            return y.tangents[k]
+        return torch.zeros_like(y.primal if type(y) is Dual else y)
+
+    dys = [tree_unflatten([tangent(y, k) for y in out], shape) for k in range(len(rows))]
+    for y, dy in zip(floats(primals), floats(dys[0]), strict=True):
+        assert (dy.shape, dy.dtype, dy.requires_grad) == (y.shape, y.dtype, False)
+    return tree_unflatten(primals, shape), dys
+
+
+def torch_by_double_backward(
+    function: Function, call: Call, row: Sequence[Tensor | None]
+) -> tuple[Any, Any]:
+    """J v as the derivative by u of ⟨v, Jᵀ u⟩: where torch has no forward derivative."""
+    leaves, spec = tree_flatten(call)
+    active = [i for i, v in enumerate(row) if v is not None]
+    for i in active:
+        leaves[i] = leaves[i].detach().requires_grad_()
+    args, kwargs = tree_unflatten(leaves, spec)
+    y = function(*args, **kwargs)
+    u = torch.zeros_like(y, requires_grad=True)
+    grads = torch.autograd.grad(y, [leaves[i] for i in active], u, create_graph=True)
+    inner = sum((g * row[i]).sum() for g, i in zip(grads, active, strict=True))
+    return y.detach(), torch.autograd.grad(inner, u)[0]
+
+
+def reference(function: Function, call: Call, row: Sequence[Tensor | None]) -> tuple[Any, Any]:
+    """(y, dy) by torch alone, random functions drawing what they draw above."""
+
+    def seeded(args: Any, kwargs: Any) -> Any:
+        torch.manual_seed(0)
+        return function(*args, **kwargs)
+
+    try:
+        return torch_jvp(seeded, call, row)
+    except (NotImplementedError, RuntimeError) as error:
+        # no forward derivative; that of torch._weight_norm over all dimensions is broken
+        if "forward AD" not in str(error) and "forward gradient" not in str(error):
+            raise
+        return torch_by_double_backward(function, call, row)
+
+
+def in_dtype(dtype: torch.dtype, tree: Any, instead_of: torch.dtype) -> Any:
+    """The tensors of one dtype in another."""
+    leaves, spec = tree_flatten(tree)
+    moved = [x.to(dtype) if isinstance(x, Tensor) and x.dtype == instead_of else x for x in leaves]
+    return tree_unflatten(moved, spec)
+
+
+def agree(got: Any, want: Any) -> None:
+    """Floats to rounding; dtypes, whole numbers and everything else exactly."""
+    for a, b in zip(tree_flatten(got)[0], tree_flatten(want)[0], strict=True):
+        if not isinstance(a, Tensor):
+            assert a == b
+        elif a.is_floating_point():
+            assert a.dtype == b.dtype
+            assert units(a, b) <= TOLERANCE[torch.float64]
+        else:
+            assert torch.equal(a, b)
+
+
+def check_tangent(function: Function, case: Case) -> None:
+    """y and dy, for all arguments, contiguous and not, and for each alone."""
+    for strided in (False, True) if case.strided else (False,):
+        call, active = case.build(torch.float64, strided)
+        alone = [] if strided or len(active) == 1 else [[i] for i in active]
+        for chosen in [active, *alone]:
+            row = directions(call, chosen)
+            y, (dy,) = tangentfast_jvp(function, call, [row])
+            want, dwant = reference(function, call, row)
+            agree(y, want)
+            assert units(dy, dwant) <= TOLERANCE[torch.float64]
+
+
+def check_linear(function: Function, case: Case) -> None:
+    """K tangents in one pass are what each is alone, and that of a sum is the sum."""
+    call, active = case.build(torch.float64)
+    v, w = directions(call, active, 1), directions(call, active[:1], 2)
+    both = [
+        None if a is None else 2 * a if b is None else 2 * a - 3 * b
+        for a, b in zip(v, w, strict=True)
+    ]
+    _, (dv, dw, dboth) = tangentfast_jvp(function, call, [v, w, both])
+    for row, dy in ((v, dv), (w, dw)):
+        assert units(dy, tangentfast_jvp(function, call, [row])[1][0]) <= 1
+    for a, b, c in zip(floats(dv), floats(dw), floats(dboth), strict=True):
+        size = float(a.nan_to_num().norm() + b.nan_to_num().norm())
+        assert relative(c, 2 * a - 3 * b, size) <= 32 * torch.finfo(c.dtype).eps
+
+
+def check_adjoint(function: Function, case: Case) -> None:
+    """⟨J v, u⟩ = ⟨v, Jᵀ u⟩ by backward through y, which keeps its ordinary graph."""
+    call, active = case.build(torch.float64)
+    leaves, spec = tree_flatten(call)
+    leaves = [x.requires_grad_() if i in active else x for i, x in enumerate(leaves)]
+    row = directions(call, active)
+    y, (dy,) = tangentfast_jvp(function, tree_unflatten(leaves, spec), [row])
+    pairs = [(a, b) for a, b in zip(floats(y), floats(dy), strict=True) if a.requires_grad]
+    if not pairs:
+        assert not any(float(b.norm()) for b in floats(dy))
+        return
+    us = [torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a, _ in pairs]
+    torch.autograd.backward([a for a, _ in pairs], us)
+    left = torch.cat([(b * u).double().flatten() for (_, b), u in zip(pairs, us, strict=True)])
+    right = torch.cat(
+        [(leaves[i].grad * row[i]).flatten() for i in active if leaves[i].grad is not None]
+    )
+    eps = max(torch.finfo(b.dtype).eps for _, b in pairs)
+    size = float(left.abs().sum() + right.abs().sum())
+    assert abs(float(left.sum() - right.sum())) <= 32 * eps * size
+
+
+def check(function: Function, case: Case) -> None:
+    check_tangent(function, case)
+    check_linear(function, case)
+    if case.adjoint:
+        check_adjoint(function, case)
