@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-
 _TENSOR = object()  # where a tensor goes in a structure
 
 
