@@ -3,14 +3,14 @@
     pytest benchmarks/bench_merge.py
 
 Traffic counted: merge_ reads K vectors and the base and writes the base, K + 2 streams of 240 MB;
-a loop of ``add_`` moves 3 K; a copy moves 2. Every result is checked before it is timed. The last
-test prints ratios and GB/s of all that ran, from the best round of each: the rounds that nothing
-else on the machine disturbed.
+a loop of ``add_`` moves 3 K; a copy moves 2. Every result is checked before it is timed. At the
+end ratios and GB/s of all that ran are printed, from the best round of each: the rounds that
+nothing else on the machine disturbed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -115,13 +115,15 @@ def record(
     seconds[request.node.name.removeprefix("test_")] = (best, streams)
 
 
-def test_report(capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints; never fails on a time."""
+@pytest.fixture(scope="module", autouse=True)
+def report(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Prints ratios and rates of what was timed."""
+    yield
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     loop = seconds.get("merge[add_ loop]")
-    if loop is None:
-        pytest.skip("nothing was timed")
-    with capsys.disabled():
-        print(f"\n{K} × {N / 1e6:.0f} M float32, {torch.get_num_threads()} threads")
-        for name, (best, streams) in seconds.items():
-            rate, ratio = streams * STREAM / best, loop[0] / best
-            print(f"{name:28s} {best:7.3f} s {rate:6.1f} GB/s {ratio:6.2f} × add_ loop")
+    if loop is None or terminal is None:
+        return
+    terminal.write_line(f"\n{K} × {N / 1e6:.0f} M float32, {torch.get_num_threads()} threads")
+    for name, (best, streams) in seconds.items():
+        rate, ratio = streams * STREAM / best, loop[0] / best
+        terminal.write_line(f"{name:28s} {best:7.3f} s {rate:6.1f} GB/s {ratio:6.2f} × add_ loop")

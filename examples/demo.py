@@ -86,7 +86,7 @@ def tangents(
 
 
 def run(
-    encoder: nn.Module, tasks: Sequence[Task], out: Path, *, steps: int = 60, batch: int = 32,
+    encoder: nn.Module, tasks: Sequence[Task], out: Path, *, steps: int = 50, batch: int = 32,
     lr: float = 5e-5, seed: int = 0,
 ) -> dict:  # fmt: skip
     """The whole way; returns the figures, and writes them, the task vectors and a plot to `out`."""
