@@ -179,11 +179,10 @@ class _Arguments:
             if self.pass_.strict and x.requires_grad:
                 raise RuntimeError(
                     f"{name_of(self.func)} in {self.pass_.where()} got a tensor that depends on "
-                    "the "
-                    "trained parameters but has lost its tangent. Expected every such tensor to be "
-                    "computed by torch functions in this forward. A custom autograd.Function, a "
-                    "tensor kept from an earlier forward or an input that requires grad does this: "
-                    "replace it by torch functions, or detach it."
+                    "the trained parameters but has lost its tangent. Expected every such tensor "
+                    "to be computed by torch functions in this forward. A custom "
+                    "autograd.Function, a tensor kept from an earlier forward or an input that "
+                    "requires grad does this: replace it by torch functions, or detach it."
                 )
         elif isinstance(x, (tuple, list)):
             return rebuild(x, [self.primal(e) for e in x])
@@ -201,10 +200,8 @@ class _Arguments:
         if x.version != version(x.primal):
             raise RuntimeError(
                 f"{name_of(self.func)} in {self.pass_.where()} got a tensor whose memory was "
-                "written "
-                "in place through another tensor (a view, detach() or no_grad), so that its "
-                "tangent is "
-                "out of date. Clone it before that write."
+                "written in place through another tensor (a view, detach() or no_grad), so that "
+                "its tangent is out of date. Clone it before that write."
             )
 
     def tangent(self, x: Any, k: int) -> Any:
@@ -250,10 +247,9 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
         return func(*_plain(args), **{n: _plain_one(v) for n, v in kwargs.items()})
     if pass_ is None:
         raise RuntimeError(
-            f"{name_of(func)} was called on a tensor that carries a tangent, after its forward had "
-            "finished. Take tensors from the outputs of the linearized model, or detach them "
-            "inside "
-            "the forward (a hook that keeps activations, a cache: use_cache=False)."
+            f"{name_of(func)} was called on a tensor that carries a tangent, after its forward "
+            "had finished. Take tensors from the outputs of the linearized model, or detach them "
+            "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
     if rule is not None and rule.kind == "forbidden":
         raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
@@ -329,9 +325,8 @@ def _refuse_no_grad(func: Callable[..., Any], pass_: Pass) -> None:
     if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name_of(func)} in {pass_.where()} runs under no_grad on a tensor that has a "
-            "tangent: "
-            "its gradient would be cut there and its tangent not. Use detach() for what should be "
-            "a constant, or train only parameters after the no_grad block."
+            "tangent: its gradient would be cut there and its tangent not. Use detach() for what "
+            "should be a constant, or train only parameters after the no_grad block."
         )
     raise NotImplementedError(  # autograd.Function switches both modes off
         f"a custom autograd.Function in {pass_.where()} has no rule for tangents "

@@ -127,8 +127,7 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
     if isinstance(root, nn.Parameter):
         raise RuntimeError(
             f"{name} in {pass_.where()} writes to a parameter in place; a pass on dual numbers "
-            "leaves "
-            "parameters as they are. Write to a clone."
+            "leaves parameters as they are. Write to a clone."
         )
     if type(target) is dual or type(root) is dual or pass_.sharers.of(root):
         return
@@ -139,8 +138,8 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
     if torch._C._storage_Use_Count(storage._cdata) > known:
         raise RuntimeError(
             f"{name} in {pass_.where()} writes a tensor with a tangent into memory that another "
-            "plain "
-            "tensor shares, which would not see the tangent. Clone the target before it is shared."
+            "plain tensor shares, which would not see the tangent. Clone the target before it is "
+            "shared."
         )
 
 

@@ -166,10 +166,8 @@ class LinearizedModel(nn.Module):
                 continue
             raise RuntimeError(
                 f"linearized model: θ0 of {name!r} was changed in place after linearize, so that "
-                "τ no "
-                "longer belongs to it. Expected θ0 to stay as it was: linearize again, or "
-                "linearize "
-                "copy.deepcopy(model)."
+                "τ no longer belongs to it. Expected θ0 to stay as it was: linearize again, or "
+                "linearize copy.deepcopy(model)."
             )
 
 
@@ -247,8 +245,7 @@ def _shared_copy(
     except RuntimeError as error:
         raise ValueError(
             f"linearize: {type(model).__name__} keeps a tensor that was computed from its "
-            "parameters "
-            f"outside of forward ({error}). Compute it in forward; for weight norm use "
+            f"parameters outside of forward ({error}). Compute it in forward; for weight norm use "
             "torch.nn.utils.parametrizations.weight_norm."
         ) from error
     sites = []
@@ -301,9 +298,7 @@ def _linearized(x: Any) -> Any:
     if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point():
         raise RuntimeError(
             "linearized model: an output depends on the trained parameters but has lost its "
-            "tangent. "
-            "Expected every operation to be a torch function: replace the custom "
-            "autograd.Function or "
-            "extension that computes it."
+            "tangent. Expected every operation to be a torch function: replace the custom "
+            "autograd.Function or extension that computes it."
         )
     return x

@@ -59,8 +59,8 @@ constant(
 
 _no_number = (
     "a Python number has no tangent, so that what is computed from it would be wrong without a "
-    "word. "
-    "Keep it a tensor (torch.where instead of if), or detach() it where it should be a constant."
+    "word. Keep it a tensor (torch.where instead of if), or detach() it where it should be a "
+    "constant."
 )
 forbidden(
     _no_number,
