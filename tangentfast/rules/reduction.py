@@ -14,65 +14,43 @@ from tangentfast.rules.registry import Jvp, functions, rule
 aten = torch.ops.aten
 
 
-def _softmax(function: Callable[..., Any]) -> None:
+def _softmax_jvp(y: Tensor, dim: int) -> Jvp:
     """The Jacobian diag(y) - y yᵀ is symmetric: torch's backward kernel is the JVP."""
+    return lambda dx, *_: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
 
-    def softmax(
+
+def _log_softmax_jvp(y: Tensor, dim: int) -> Jvp:
+    def jvp(dx: Tensor, *_: None) -> Tensor:
+        dx = dx.to(y.dtype)
+        return dx - (dx * y.exp()).sum(dim, keepdim=True)
+
+    return jvp
+
+
+def _normalising(function: Callable[..., Any], jvp_of: Callable[[Tensor, int], Jvp]) -> None:
+    def normalise(
         input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Jvp] | None:
         if dim is None:
             return None
         y = function(input, dim=dim, dtype=dtype)
-        return y, lambda dx, *_: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
+        return y, jvp_of(y, dim)
 
-    if function is F.softmax:
+    def functional(
+        input: Tensor,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Jvp] | None:
+        return normalise(input, dim, dtype)
 
-        @rule(function)
-        def functional(
-            input: Tensor,
-            dim: int | None = None,
-            _stacklevel: int = 3,
-            dtype: torch.dtype | None = None,
-        ) -> tuple[Tensor, Jvp] | None:
-            return softmax(input, dim, dtype)
-    else:
-        rule(function)(softmax)
+    rule(function)(functional if function in (F.softmax, F.log_softmax) else normalise)
 
 
 for _function in functions("softmax"):
-    _softmax(_function)
-
-
-def _log_softmax(function: Callable[..., Any]) -> None:
-    def log_softmax(
-        input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Jvp] | None:
-        if dim is None:
-            return None
-        y = function(input, dim=dim, dtype=dtype)
-
-        def jvp(dx: Tensor, *_: None) -> Tensor:
-            dx = dx.to(y.dtype)
-            return dx - (dx * y.exp()).sum(dim, keepdim=True)
-
-        return y, jvp
-
-    if function is F.log_softmax:
-
-        @rule(function)
-        def functional(
-            input: Tensor,
-            dim: int | None = None,
-            _stacklevel: int = 3,
-            dtype: torch.dtype | None = None,
-        ) -> tuple[Tensor, Jvp] | None:
-            return log_softmax(input, dim, dtype)
-    else:
-        rule(function)(log_softmax)
-
-
+    _normalising(_function, _softmax_jvp)
 for _function in functions("log_softmax"):
-    _log_softmax(_function)
+    _normalising(_function, _log_softmax_jvp)
 
 
 @rule("logsumexp")
