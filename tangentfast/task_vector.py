@@ -206,7 +206,10 @@ class TaskVector(Mapping[str, Tensor]):
         target = Path(path)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
+            part.touch()
+            mode = part.stat().st_mode  # what the user's umask says; safetensors makes it 0600
             save_file(tensors, part, metadata=header)
+            part.chmod(mode)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, target)

@@ -65,7 +65,8 @@ def test_accumulates_in_float64(backend: str) -> None:
     assert error <= 1e-12 * 1_000_003
 
 
-def test_bits_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_do_not_depend_on_threads(backend: str) -> None:
     torch.manual_seed(0)
     vectors = [{"a": torch.randn(900_001), "b": torch.randn(77, 5)} for _ in range(4)]
     before = torch.get_num_threads()
@@ -73,7 +74,7 @@ def test_bits_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(gram(vectors, backend=BACKENDS[-1]))
+            results.append(gram(vectors, backend=backend))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])

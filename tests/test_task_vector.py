@@ -255,6 +255,9 @@ def test_round_trip(tv: TaskVector, dtype: torch.dtype, tmp_path_factory: pytest
     assert all(again[n].dtype == dtype for n in again)
     assert (again.base, again.selection) == (NET, "attention")
     assert [p.name for p in path.parent.iterdir()] == ["cars.safetensors"]
+    ordinary = path.with_name("ordinary")
+    ordinary.touch()
+    assert path.stat().st_mode == ordinary.stat().st_mode
 
 
 def test_round_trip_of_views_and_ties(tmp_path: Path) -> None:

@@ -259,53 +259,45 @@ def lerp(input: Tensor, end: Tensor, weight: Any) -> tuple[Tensor, Jvp]:
     return torch.lerp(input, end, weight), jvp
 
 
-@rule("clamp", "clip")
-def clamp(input: Tensor, min: Any = None, max: Any = None) -> tuple[Tensor, Jvp]:
+def _tied(function: Callable[..., Tensor], *operands: Any) -> tuple[Tensor, Jvp]:
+    """A choice among operands: the slopes of torch's own backward; versions share a tie unlike."""
+    y = function(*operands)
+
     def jvp(*tangents: Tensor | None) -> Tensor | None:
-        # The slopes of torch's own backward: its versions differ in how they share a tie.
-        operands = [input, min, max]
         moving = [i for i, d in enumerate(tangents) if d is not None]
+        again = list(operands)
         with torch.enable_grad():
-            leaves = [operands[i].expand(y.shape).detach().requires_grad_() for i in moving]
-            for i, leaf in zip(moving, leaves, strict=True):
-                operands[i] = leaf
-            again = torch.clamp(*operands)
-        slopes = torch.autograd.grad(again, leaves, torch.ones_like(again))
+            for i in moving:
+                again[i] = operands[i].expand(y.shape).detach().requires_grad_()
+            total = function(*again).sum()
+        slopes = torch.autograd.grad(total, [again[i] for i in moving])
         dy = None
         for i, slope in zip(moving, slopes, strict=True):
             dy = add(dy, tangents[i] * slope)  # type: ignore[operator]
         return dy
 
-    y = torch.clamp(input, min, max)
     return y, jvp
+
+
+@rule("clamp", "clip")
+def clamp(input: Tensor, min: Any = None, max: Any = None) -> tuple[Tensor, Jvp]:
+    return _tied(torch.clamp, input, min, max)
 
 
 @rule("clamp_min")
 def clamp_min(input: Tensor, min: Any) -> tuple[Tensor, Jvp]:
-    y, jvp = clamp(input, min)
-    return y, lambda dx, dmin: jvp(dx, dmin, None)
+    return _tied(torch.clamp_min, input, min)
 
 
 @rule("clamp_max")
 def clamp_max(input: Tensor, max: Any) -> tuple[Tensor, Jvp]:
-    y, jvp = clamp(input, None, max)
-    return y, lambda dx, dmax: jvp(dx, None, dmax)
+    return _tied(torch.clamp_max, input, max)
 
 
 def _chosen(function: Callable[..., Any]) -> None:
-    """maximum and minimum: the tangent of the chosen operand, the mean of both at a tie."""
-
     @rule(function)
     def choose(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
-        y = function(input, other)
-
-        def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor | None:
-            share = (1 + (y == input).to(y.dtype) - (y == other).to(y.dtype)) / 2
-            return add(
-                None if dx is None else dx * share, None if dother is None else dother * (1 - share)
-            )
-
-        return y, jvp
+        return _tied(function, input, other)
 
 
 for _function in functions("maximum", "minimum", "fmax", "fmin"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -45,8 +46,16 @@ def gram(rows: Sequence[Sequence[Tensor]], owners: Sequence[Sequence[int]], size
         wide = [tensor.to(torch.float64).reshape(-1) for tensor in row]
         for a, i in enumerate(columns):
             for b, j in enumerate(columns[: a + 1]):
-                total[i, j] += torch.dot(wide[a], wide[b])
+                total[i, j] += _dot(wide[a], wide[b])
     return total + total.tril(-1).T
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ by rows: torch shares rows out to threads, but the sum of one is one thread's."""
+    terms = a * b
+    while terms.numel() > 1:
+        terms = F.pad(terms, (0, -terms.numel() % 4096)).view(-1, 4096).sum(1)
+    return terms.sum()
 
 
 def round_once(total: Tensor, dtype: torch.dtype) -> Tensor:
