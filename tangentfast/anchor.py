@@ -34,9 +34,8 @@ class Anchor(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "double backward (create_graph=True) through a linearized model is not "
-                "supported: its "
-                "backward is that of the network at θ0, which is not the second derivative. Use "
-                "torch.func.jvp on the original model."
+                "supported: its backward is that of the network at θ0, which is not the second "
+                "derivative. Use torch.func.jvp on the original model."
             )
         return None, grad.to(ctx.dtype)
 

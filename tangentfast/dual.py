@@ -26,8 +26,7 @@ from tangentfast.rules.registry import Inexact, Rule, evaluate
 
 
 class Pass:
-    """One evaluation of a network on dual numbers: how many tangents, and what the user can be
-    told.
+    """One evaluation of a network on dual numbers: how many tangents, and what users can be told.
 
     `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing
     requires grad but what depends on a tangent, so that a plain tensor with a graph has lost its
@@ -95,8 +94,10 @@ def running(pass_: Pass) -> Iterator[Pass]:
 
 
 class Dual(Tensor):
-    """A tensor with its tangents. `primal`: the plain tensor; `tangents`: K plain tensors or "
-    "None."""
+    """A tensor with its tangents.
+
+    `primal`: the plain tensor; `tangents`: K plain tensors, or None where one is zero.
+    """
 
     primal: Tensor
     tangents: tuple[Tensor | None, ...]
@@ -330,9 +331,8 @@ def _refuse_no_grad(func: Callable[..., Any], pass_: Pass) -> None:
         )
     raise NotImplementedError(  # autograd.Function switches both modes off
         f"a custom autograd.Function in {pass_.where()} has no rule for tangents "
-        f"({name_of(func)} in its "
-        "forward met one). Replace it by torch functions; for torch.utils.checkpoint pass "
-        "use_reentrant=False."
+        f"({name_of(func)} in its forward met one). Replace it by torch functions; "
+        "for torch.utils.checkpoint pass use_reentrant=False."
     )
 
 

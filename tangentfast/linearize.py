@@ -1,9 +1,8 @@
 """The linearized model: f_lin(x; τ) = f(x; θ0) + J(x) τ, trained by an ordinary backward.
 
 Ortiz-Jimenez, Favero, Frossard (2023), arXiv:2305.12827. ∂L/∂τ = J(x)ᵀ ∂L/∂f_lin is the reverse
-pass of
-the original network at θ0 with the loss gradient taken at the linearized output: the primal carries
-the graph, the tangent none.
+pass of the original network at θ0 with the loss gradient taken at the linearized output: the primal
+carries the graph, the tangent none.
 """
 
 from __future__ import annotations

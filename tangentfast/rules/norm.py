@@ -101,8 +101,8 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         raise Inexact(
             "train-mode batch norm ties the samples of a batch together and moves its "
-            "statistics, so "
-            "that there is no fixed network to linearize. Put the batch norms in eval mode."
+            "statistics, so that there is no fixed network to linearize. Put the batch norms in "
+            "eval mode."
         )
     y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     mean, scale = (_per_channel(t, input) for t in (running_mean, torch.rsqrt(running_var + eps)))

@@ -67,9 +67,7 @@ RULES: dict[Callable[..., Any], Rule] = {}
 
 
 def functions(*names: str) -> list[Callable[..., Any]]:
-    """Every public torch function of these names: ``torch.f``, ``Tensor.f``,
-    ``torch.nn.functional.f``.
-    """
+    """Every public function of these names: ``torch.f``, ``Tensor.f``, ``nn.functional.f``."""
     rooms = (torch, Tensor, F, torch.special, torch._C._nn)
     found = [
         getattr(room, name)
@@ -152,8 +150,7 @@ def constant(*targets: Callable[..., Any] | str) -> None:
 
 
 def metadata(*targets: Callable[..., Any] | str) -> None:
-    """Functions that ask for shape, dtype, device, hooks or autograd state: answered by the "
-    "primal."""
+    """Functions that ask for shape, dtype, device, hooks or autograd state; the primal answers."""
     for target in targets:
         for function in functions(target) if isinstance(target, str) else [target]:
             RULES[function] = Rule(function, None, "metadata")

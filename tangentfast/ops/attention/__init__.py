@@ -1,5 +1,4 @@
-"""Scaled-dot-product attention with K tangents: the primal from torch's fused kernel, each do
-beside it.
+"""Scaled-dot-product attention with K tangents: o from torch's fused kernel, each do beside it.
 
 Only the plain-torch reference is here so far; kernels join it behind the same signature.
 """
