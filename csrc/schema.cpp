@@ -15,6 +15,13 @@ TORCH_LIBRARY(tangentfast, m) {
   // G[owners[a], owners[b]] += <tensors[a], tensors[b]> for a, b in the same row; the rows have
   // counts[0], counts[1], ... consecutive tensors, with rising owners < size. Returns [size, size].
   m.def("gram(Tensor[] tensors, int[] counts, int[] owners, int size) -> Tensor");
+  // q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, Dv], mask added to [N, H, T, S]; K tangents, in
+  // which a None is zero. Returns o [N, H, T, Dv], its log-sum-exp [N, H, T] (both empty unless
+  // `primal`), and K tangents of o.
+  m.def(
+      "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+      "Tensor?[] dq, Tensor?[] dk, Tensor?[] dv, Tensor?[] dmask, bool primal) "
+      "-> (Tensor o, Tensor lse, Tensor[] do)");
 }
 
 // The kernels read a tensor's negative bit themselves; the dispatcher could not write through it.

@@ -1,8 +1,212 @@
-"""Scaled-dot-product attention with K tangents: o from torch's fused kernel, each do beside it.
+"""Scaled-dot-product attention with K tangents: o and every do of one softmax.
 
-Only the plain-torch reference is here so far; kernels join it behind the same signature.
+The kernel never holds a [T, S] matrix of a head. It saves what torch's fused backward needs, so
+that the gradient of o is that of ``torch.nn.functional.scaled_dot_product_attention``.
 """
 
-from tangentfast.ops.attention.reference import attention_jvp
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tangentfast.ops.attention import reference
+from tangentfast.ops.attention.reference import Row
+from tangentfast.ops.backend import choose, load_native
 
 __all__ = ["attention_jvp"]
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+    tangents: Sequence[Row],
+    backend: str | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """o = softmax(scale q kᵀ + mask) v and K tangents of it.
+
+    Args:
+        q: [..., H, T, D]; k: [..., Hk, S, D]; v: [..., Hk, S, Dv]; Hk = H unless `gqa`.
+        mask: boolean (True: attend) or added to the scores; broadcast to [..., H, T, S]; or None.
+        dropout, causal, scale, gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
+        tangents: K rows (dq, dk, dv, dmask), each shaped like its primal or None; a row may be
+            None.
+        backend: ``"native"``, ``"reference"`` or None (see `tangentfast.ops.backend`). Dropout,
+            empty tensors and operands whose batch dimensions differ run on the reference.
+
+    Returns:
+        o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one.
+    """
+    if (
+        dropout > 0
+        or not _regular(q, k, v, mask, gqa)
+        or choose("attention_jvp", q.device, backend) == "reference"
+    ):
+        return reference.attention_jvp(q, k, v, mask, dropout, causal, scale, gqa, tangents)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    added = None if mask is None else _added(mask, q)
+    rows = [_row(row, q, k, v) for row in tangents]
+    # torch's fused backward asks for equal head sizes and gives no gradient to the mask.
+    if q.shape[-1] != v.shape[-1] or (mask is not None and mask.requires_grad):
+        o = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
+        )
+        if all(row is None for row in rows):
+            return o, [None] * len(rows)
+        with torch.no_grad():
+            dos = _launch(q, k, v, added, causal, scale, rows, primal=False)[2]
+    else:
+        o, *dos = _Attention.apply(q, k, v, added, causal, scale, rows)
+    return o, [None if row is None else do for row, do in zip(rows, dos, strict=True)]
+
+
+def _regular(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) -> bool:
+    """Whether the operands are what the kernel was written for, judged by shape and dtype."""
+    heads = q.shape[-3:-2] if q.dim() > 2 else None
+    return (
+        2 < q.dim() == k.dim() == v.dim()
+        and q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
+        and (gqa or heads == k.shape[-3:-2])
+        and k.shape[-3:-1] == v.shape[-3:-1]
+        and 0 not in (q.numel(), k.numel(), v.numel())
+        and (mask is None or mask.dtype in (torch.bool, q.dtype, torch.float32))
+        and (mask is None or mask.dim() <= q.dim())
+    )
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _added(mask: Tensor, q: Tensor) -> Tensor:
+    """The mask as a summand in the kernel's own precision, not yet broadcast."""
+    mask = mask.detach()
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=_wide(q)).masked_fill_(~mask, -math.inf)
+    return mask.to(_wide(q))
+
+
+def _row(row: Row, q: Tensor, k: Tensor, v: Tensor) -> Row:
+    if row is None:
+        return None
+    dq, dk, dv, dmask = row
+    operands = [None if t is None else t.to(x.dtype) for t, x in ((dq, q), (dk, k), (dv, v))]
+    return (*operands, None if dmask is None else dmask.to(_wide(q)))  # type: ignore[return-value]
+
+
+def _four(t: Tensor) -> Tensor:
+    """[..., H, T, D] as [N, H, T, D]."""
+    return t if t.dim() == 4 else t.reshape(-1, *t.shape[-3:])
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    rows: Sequence[Row],
+    primal: bool = True,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The op, on the shapes of its schema; its outputs in those of `attention_jvp`."""
+    scores = (*q.shape[:-1], k.shape[-2])
+
+    def column(i: int) -> list[Tensor | None]:
+        found = [None if row is None else row[i] for row in rows]
+        if i == 3:
+            return [None if t is None else _four(t.expand(scores)) for t in found]
+        return [None if t is None else _four(t) for t in found]
+
+    o, lse, dos = torch.ops.tangentfast.attention_jvp(
+        *map(_four, (q, k, v)),
+        None if mask is None else _four(mask.expand(scores)),
+        causal, scale, *map(column, range(4)), primal,
+    )  # fmt: skip
+    shape = (*q.shape[:-1], v.shape[-1])
+    if q.dim() != 4:
+        o, dos = o.reshape(shape) if primal else o, [do.reshape(shape) for do in dos]
+    return o, lse, dos
+
+
+class _Attention(torch.autograd.Function):
+    """o by the kernel, its backward by torch's fused one; the tangents have no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        rows: Sequence[Row],
+    ) -> tuple[Tensor, ...]:
+        """(o, *dos)."""
+        o, lse, dos = _launch(q, k, v, mask, causal, scale, rows)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.mask, ctx.causal, ctx.scale = mask, causal, scale
+        ctx.mark_non_differentiable(*dos)
+        ctx.set_materialize_grads(False)
+        return (o, *dos)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        if grad is None:
+            return (None,) * 7
+        q, k, v, o, lse = ctx.saved_tensors
+        group = q.shape[-3] // k.shape[-3]
+        mask = ctx.mask
+        if mask is not None:
+            mask = _four(mask.expand(*q.shape[:-1], k.shape[-2]))
+        repeated = (t if group == 1 else t.repeat_interleave(group, -3) for t in (k, v))
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *map(_four, (grad, q, *repeated, o)),
+            lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale,
+        )  # fmt: skip
+        if group > 1:
+            dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+        return (
+            *(t.reshape(x.shape) for t, x in ((dq, q), (dk, k), (dv, v))),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _register_fake() -> None:
+    """Shapes without data, for torch.compile and opcheck."""
+
+    @torch.library.register_fake("tangentfast::attention_jvp")
+    def _(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+        dq: list[Tensor | None], dk: Any, dv: Any, dmask: Any, primal: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        n, h, t, _d = q.shape
+
+        def output() -> Tensor:
+            return q.new_empty(n, t, h, v.shape[-1]).transpose(1, 2)
+
+        if not primal:
+            return q.new_empty(0), q.new_empty(0, dtype=_wide(q)), [output() for _ in dq]
+        lse = q.new_empty(n, t, h, dtype=_wide(q)).transpose(1, 2)
+        return output(), lse, [output() for _ in dq]
+
+
+if load_native()[0] is not None:
+    _register_fake()

@@ -1,0 +1,15 @@
+#include "kernel.h"
+
+#define TF_BODY "attention/body.h"
+#include "../each_isa.h"
+
+namespace tangentfast {
+
+void attention_jvp_kernel(const Attention& call, int64_t n, int64_t h, int64_t begin, int64_t end,
+                          void* scratch) {
+  TF_CALL(attention_jvp, (call, n, h, begin, end, scratch));
+}
+
+int64_t attention_jvp_scratch(const Attention& call) { return TF_CALL(scratch_bytes, (call)); }
+
+}  // namespace tangentfast

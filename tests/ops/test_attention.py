@@ -1,0 +1,234 @@
+"""attention_jvp: backends against the formula in float64, and against torch's own gradient."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from truth import units
+
+from tangentfast.ops.attention import attention_jvp
+from tangentfast.ops.backend import load_native
+
+NATIVE = load_native()[0] is not None
+native_only = pytest.mark.skipif(not NATIVE, reason="no native extension")
+BACKENDS = ["reference", pytest.param("native", marks=native_only)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# N, H, Hk, T, S, D, Dv, causal, mask
+CALLS = [
+    (2, 3, 3, 50, 50, 64, 64, False, None),
+    (1, 4, 2, 97, 131, 40, 40, False, "added"),
+    (1, 2, 2, 77, 77, 64, 64, True, None),
+    (2, 2, 1, 33, 300, 17, 9, False, "boolean"),
+    (1, 2, 2, 40, 23, 80, 80, True, None),
+    (3, 1, 1, 1, 5, 3, 3, False, "added"),
+]
+
+
+class Call:
+    """Operands, a mask and K = 5 rows of tangents: all, each alone, none."""
+
+    def __init__(self, size: tuple[Any, ...], dtype: torch.dtype):
+        n, h, hk, t, s, d, dv, self.causal, mask = size
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        # As the fused projections of a transformer lie: heads beside each other in a row.
+        self.operands = [
+            draw(n, rows, heads, width).transpose(1, 2).requires_grad_()
+            for heads, rows, width in ((h, t, d), (hk, s, d), (hk, s, dv))
+        ]
+        self.mask = None
+        if mask == "added":
+            self.mask = draw(n, 1, t, s)
+        if mask == "boolean":
+            self.mask = torch.rand(t, s, generator=generator) > 0.3
+            self.mask[3] = False  # a row that sees nothing
+        dmask = draw(n, 1, t, s) if mask == "added" else None
+        q, k, v = (draw(*x.shape) for x in self.operands)
+        self.rows: list[Any] = [
+            (q, k, v, dmask), (q, None, None, None), (None, k, None, None),
+            (None, None, v, None), None,
+        ]  # fmt: skip
+        self.gqa = hk != h
+
+    def __call__(self, backend: str) -> tuple[Tensor, list[Tensor | None]]:
+        return attention_jvp(
+            *self.operands, self.mask, 0.0, self.causal, None, self.gqa, self.rows, backend
+        )
+
+    def results(self, backend: str) -> list[Tensor]:
+        """o, every do, and the gradients of q, k and v."""
+        o, dos = self(backend)
+        assert dos[4] is None
+        weight = torch.linspace(-1, 1, o.numel()).view(o.shape).to(o.dtype)
+        return [o, *dos[:4], *torch.autograd.grad(o, self.operands, weight)]  # type: ignore[list-item]
+
+    def exact(self) -> list[Tensor]:
+        """The same numbers in float64, by the reference."""
+        other = object.__new__(Call)
+
+        def wide(x: Any) -> Any:
+            floating = isinstance(x, Tensor) and x.is_floating_point()
+            return x.detach().double() if floating else x
+
+        other.operands = [wide(x).requires_grad_() for x in self.operands]
+        other.mask, other.causal, other.gqa = wide(self.mask), self.causal, self.gqa
+        other.rows = [row and tuple(map(wide, row)) for row in self.rows]
+        return other.results("reference")
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", CALLS, ids=str)
+def test_native(size: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """No farther from the truth than plain torch, and one rounding."""
+    call = Call(size, dtype)
+    truth = call.exact()
+    theirs = call.results("reference")
+    slack = 32 if dtype == torch.float64 else 2  # the truth has the same precision
+    for ours, plain, exact in zip(call.results("native"), theirs, truth, strict=True):
+        assert ours.dtype == dtype
+        assert units(ours, exact, dtype) <= 1.25 * units(plain, exact, dtype) + slack
+
+
+def test_reference_is_torch_func_jvp() -> None:
+    call = Call(CALLS[1], torch.float64)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return ((q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1)) @ v
+
+    primals = (*(x.detach() for x in call.operands), call.mask)
+    y, dy = torch.func.jvp(plain, primals, call.rows[0])
+    o, dos = call("reference")
+    assert units([o, dos[0]], [y, dy]) <= 100
+
+
+@native_only
+def test_gradient() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.randn(5, 5, dtype=torch.float64)
+    rows = [(*(torch.randn_like(x) for x in (q, k, v)), None)]
+
+    def primal(*operands: Tensor) -> Tensor:
+        return attention_jvp(*operands, mask, 0.0, False, 0.7, False, rows, "native")[0]
+
+    assert torch.autograd.gradcheck(primal, (q, k, v))
+    o, dos = attention_jvp(q, k, v, mask, 0.0, False, None, False, rows, "native")
+    assert o.requires_grad
+    assert not dos[0].requires_grad  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_with_gradient(backend: str) -> None:
+    """Relative position biases are trained: the gradient reaches them."""
+    q, k, v = (torch.randn(2, 2, 6, 4, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
+    dbias = torch.randn_like(bias)
+    rows = [(None, None, None, dbias)]
+    o, (do,) = attention_jvp(q, k, v, bias, 0.0, False, None, False, rows, backend)
+    want = torch.func.jvp(lambda b: (q @ k.mT / 2 + b).softmax(-1) @ v, (bias.detach(),), (dbias,))
+    assert units([o, do], want) <= 100
+    weight = torch.randn_like(o)
+    (grad,) = torch.autograd.grad(o, bias, weight)
+    assert float((grad * dbias).sum()) == pytest.approx(float((weight * do).sum()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_dimensions_and_ragged_strides(backend: str) -> None:
+    q, k, v = (torch.randn(2, 8, 9, dtype=torch.float64).mT for _ in range(3))
+    rows = [(torch.randn(2, 9, 8, dtype=torch.float64), None, None, None)]
+    o, (do,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, backend)
+    dense = attention_jvp(
+        q.contiguous(), k.contiguous(), v.contiguous(), None, 0.0, True, None, False, rows,
+        "reference",
+    )  # fmt: skip
+    assert o.shape == do.shape == (2, 9, 8)  # type: ignore[union-attr]
+    assert units([o, do], [dense[0], dense[1][0]]) <= 100
+
+
+@native_only
+def test_nan_is_not_hidden() -> None:
+    """torch's fused kernel gives 0 for a row of NaN scores."""
+    q, k, v = (torch.randn(1, 1, 3, 4) for _ in range(3))
+    q[0, 0, 1, 2] = math.nan
+    o, (do,) = attention_jvp(
+        q, k, v, None, 0.0, False, None, False, [(q.nan_to_num(), None, None, None)], "native"
+    )
+    for t in (o, do):
+        assert t[0, 0, 1].isnan().all()  # type: ignore[index]
+        assert not t[0, 0, 0].isnan().any()  # type: ignore[index]
+
+
+@native_only
+def test_bits_do_not_depend_on_threads() -> None:
+    call = Call((1, 1, 1, 300, 300, 64, 64, True, None), torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(call("native"))
+    finally:
+        torch.set_num_threads(before)
+    for o, dos in results[1:]:
+        assert torch.equal(o, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(dos[:4], results[0][1][:4], strict=True))  # type: ignore[arg-type]
+
+
+@native_only
+def test_nothing_of_the_tangent_stays_alive() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    dq = torch.randn(1, 2, 9, 4)
+    o, dos = attention_jvp(
+        q, k, v, None, 0.0, False, None, False, [(dq, None, None, None)], "native"
+    )
+    alive = [weakref.ref(dq), weakref.ref(dos[0])]
+    del dq, dos
+    gc.collect()
+    assert o.requires_grad
+    assert [ref() for ref in alive] == [None, None]
+
+
+@native_only
+def test_opcheck_and_arguments() -> None:
+    op = torch.ops.tangentfast.attention_jvp
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+    mask = torch.randn(2, 4, 5, 6)
+    rest = [[q], [None], [v], [None], True]
+    torch.library.opcheck(op.default, (q, k, v, mask, False, 0.5, *rest))
+    for wrong, error, message in [
+        ((q[0], k, v, None), ValueError, "q, k, v have 3, 4, 4 dimensions, expected 4"),
+        (
+            (q, k[..., :7], v, None),
+            ValueError,
+            r"k has shape \[2, 2, 6, 7\], expected \[2, 2, 6, 8",
+        ),
+        ((q, k, v.double(), None), TypeError, "v has dtype Double, expected Float"),
+        ((q, k, v, mask[:1]), ValueError, r"mask has shape \[1, 4, 5, 6\], expected \[2, 4, 5, 6"),
+    ]:
+        with pytest.raises(error, match=message):
+            op(*wrong, False, 0.5, *rest)
+    with pytest.raises(ValueError, match="dk has 0 entries, expected one per tangent, 1"):
+        op(q, k, v, None, False, 0.5, [q], [], [v], [None], True)
+
+
+@native_only
+def test_autocast_as_torch_does() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        o, (do,) = attention_jvp(
+            q, k, v, None, 0.0, False, None, False, [(q, k, v, None)], "native"
+        )
+        assert o.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+    assert do.dtype == torch.bfloat16  # type: ignore[union-attr]
