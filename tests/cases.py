@@ -327,8 +327,11 @@ LINEAR: Table = {
     "conv2d": [C(image, filters, R(6)), C(image, filters, R(6), stride=2, padding=1),
                C(image, filters, dilation=2), C(image, R(4, 2, 3, 3), R(4), (1, 2), (2, 0), 1, 2),
                C(image, R(4, 1, 3, 3), groups=4, padding="same"), C(R(0, 4, 5, 6), filters, R(6)),
-               C(R(2, 3, 8, 8), R(5, 3, 4, 4), R(5), stride=4), C(R(4, 5, 6), filters, R(6))],
-    "conv3d": [C(volume, R(3, 2, 2, 2, 2), R(3))],
+               C(R(2, 3, 8, 8), R(5, 3, 4, 4), R(5), stride=4), C(R(4, 5, 6), filters, R(6)),
+               C(R(2, 2, 35, 49), R(5, 2, 16, 16), R(5), stride=16),  # patches: see ops/linear
+               C(R(2, 2, 16, 48), R(3, 2, 16, 16), None, (16, 16), "valid")],
+    "conv3d": [C(volume, R(3, 2, 2, 2, 2), R(3)),
+               C(R(2, 1, 16, 9, 8), R(3, 1, 8, 8, 8), R(3), 8)],
     "conv_transpose1d": [C(R(2, 4, 7), R(4, 3, 3), R(3), stride=2, output_padding=1)],
     "conv_transpose2d": [C(image, R(4, 3, 3, 3), R(3)),
                          C(image, R(4, 2, 2, 2), None, 2, 1, 0, 2, 1)],

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.rules.registry import RULES, Inexact, Jvp, add, functions, rule
+from tangentfast.ops.linear import linear_jvp
+from tangentfast.ops.linear.patches import is_patches, patches_jvp
+from tangentfast.rules.registry import RULES, Inexact, Jvp, add, evaluate, functions, fused, rule
 
 
 def _accumulate(total: Tensor | None, term: Tensor) -> Tensor:
@@ -44,29 +46,11 @@ for _function in functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "
     _bilinear(_function)
 
 
-@rule("linear")
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Jvp]:
-    y = F.linear(input, weight, bias)
-
-    def jvp(dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> Tensor | None:
-        if dx is None and dweight is None:
-            return dbias
-        if dx is None:
-            return F.linear(input, dweight, dbias)  # type: ignore[arg-type]
-        dy = F.linear(dx, weight, dbias)
-        if dweight is None:
-            return dy
-        if (
-            0 in (dy.numel(), input.numel())
-            or weight.dim() == 1
-            or not dy.dtype == input.dtype == dweight.dtype
-        ):
-            return dy.add_(F.linear(input, dweight))  # dtypes differ under autocast
-        rows = dy.view(-1, dy.shape[-1])
-        rows.addmm_(input.reshape(-1, input.shape[-1]), dweight.t())  # into dy: no second buffer
-        return dy
-
-    return y, jvp
+@fused("linear")
+def linear(
+    tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, list[Any]]:
+    return linear_jvp(input, weight, bias, tangents)
 
 
 @rule("bilinear")
@@ -125,48 +109,48 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> tuple[Tensor, Jvp]:
     return product(a, b), lambda da, db, _: _product_rule(product, (a, b), (da, db))
 
 
-def _convolution(function: Callable[..., Any], transposed: bool) -> None:
-    def convolve(function: Callable[..., Any], x: Any, w: Any, b: Any, options: Any) -> Any:
-        def product(x: Tensor, w: Tensor) -> Tensor:
-            return function(x, w, None, *options)
+def _convolution_jvp(
+    function: Callable[..., Any], x: Tensor, w: Tensor, b: Any, options: Any, tangents: Any
+) -> tuple[Tensor, list[Any]]:
+    def product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return function(x, w, b, *options)
 
-        def jvp(dx: Any, dw: Any, db: Any, *_: None) -> Any:
-            if db is not None and dw is not None:  # the bias costs no pass of its own
-                return (
-                    _accumulate(function(x, dw, db, *options), product(dx, w))
-                    if (dx is not None)
-                    else function(x, dw, db, *options)
-                )
-            dy = _product_rule(product, (x, w), (dx, dw))
-            channels = None if db is None else db.view(-1, *[1] * (w.dim() - 2))
-            return add(dy, channels)
+    def jvp(dx: Any, dw: Any, db: Any, *_: None) -> Any:
+        if dw is not None and db is not None:  # the bias costs no pass of its own
+            dy = product(x, dw, db)
+            return dy if dx is None else _accumulate(dy, product(dx, w))
+        dy = _product_rule(product, (x, w), (dx, dw))
+        return add(dy, None if db is None else db.view(-1, *[1] * (w.dim() - 2)))
 
-        return function(x, w, b, *options), jvp
+    return product(x, w, b), evaluate(jvp, tangents)
 
-    if transposed:
 
-        @rule(function)
-        def conv_transpose(
-            input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-            padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-        ) -> tuple[Tensor, Jvp]:  # fmt: skip
-            options = (stride, padding, output_padding, groups, dilation)
-            return convolve(function, input, weight, bias, options)
-    else:
+def _convolution(function: Callable[..., Any]) -> None:
+    @fused(function)
+    def conv(
+        tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> tuple[Tensor, list[Any]]:  # fmt: skip
+        options = (stride, padding, dilation, groups)
+        if is_patches(input, weight, *options):
+            return patches_jvp(input, weight, bias, [row and tuple(row[:3]) for row in tangents])
+        return _convolution_jvp(function, input, weight, bias, options, tangents)
 
-        @rule(function)
-        def conv(
-            input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-            padding: Any = 0, dilation: Any = 1, groups: int = 1,
-        ) -> tuple[Tensor, Jvp]:  # fmt: skip
-            options = (stride, padding, dilation, groups)
-            return convolve(function, input, weight, bias, options)
+
+def _transposed_convolution(function: Callable[..., Any]) -> None:
+    @fused(function)
+    def conv_transpose(
+        tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> tuple[Tensor, list[Any]]:  # fmt: skip
+        options = (stride, padding, output_padding, groups, dilation)
+        return _convolution_jvp(function, input, weight, bias, options, tangents)
 
 
 for _function in functions("conv1d", "conv2d", "conv3d"):
-    _convolution(_function, transposed=False)
+    _convolution(_function)
 for _function in functions("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-    _convolution(_function, transposed=True)
+    _transposed_convolution(_function)
 
 
 @rule(F.embedding)
