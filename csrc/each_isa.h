@@ -18,7 +18,9 @@
 #define TF_ISA 0
 #define TF_VECTOR_BYTES 16
 namespace tangentfast::baseline {
+namespace {
 #include TF_BODY
+}
 }
 #undef TF_ISA
 #undef TF_VECTOR_BYTES
@@ -33,7 +35,9 @@ namespace tangentfast::baseline {
 #define TF_ISA 2
 #define TF_VECTOR_BYTES 32
 namespace tangentfast::avx2 {
+namespace {
 #include TF_BODY
+}
 }
 #undef TF_ISA
 #undef TF_VECTOR_BYTES
@@ -50,7 +54,9 @@ namespace tangentfast::avx2 {
 #define TF_ISA 512
 #define TF_VECTOR_BYTES 64
 namespace tangentfast::avx512 {
+namespace {
 #include TF_BODY
+}
 }
 #undef TF_ISA
 #undef TF_VECTOR_BYTES

@@ -22,6 +22,10 @@ TORCH_LIBRARY(tangentfast, m) {
       "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
       "Tensor?[] dq, Tensor?[] dk, Tensor?[] dv, Tensor?[] dmask, bool primal) "
       "-> (Tensor o, Tensor lse, Tensor[] do)");
+  // Gradients of q, k and v from that of o, with o and lse as attention_jvp gave them.
+  m.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+      "Tensor? mask, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 // The kernels read a tensor's negative bit themselves; the dispatcher could not write through it.

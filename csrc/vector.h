@@ -104,8 +104,9 @@ static inline int64_t padded(int64_t columns) {
   return (columns + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
-// c[rows][2 vectors] = a[rows][depth] panel, added to what is there if `add`.
-template <class A, int rows>
+// c[rows][2 vectors] = a panel, added to what is there if `add`; a is [rows][depth], or its transpose
+// if `turned`.
+template <class A, int rows, bool turned>
 static inline void tile(int64_t depth, const A* a, int64_t lda, const A* panel, A* c, int64_t ldc,
                         bool add) {
   constexpr int n = Lanes<A>::count;
@@ -119,7 +120,7 @@ static inline void tile(int64_t depth, const A* a, int64_t lda, const A* panel, 
     const Vec<A> right = load_vector(panel + p * 2 * n + n);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const Vec<A> x = splat(a[i * lda + p]);
+      const Vec<A> x = splat(turned ? a[p * lda + i] : a[i * lda + p]);
       sums[i][0] = madd(x, left, sums[i][0]);
       sums[i][1] = madd(x, right, sums[i][1]);
     }
@@ -130,25 +131,28 @@ static inline void tile(int64_t depth, const A* a, int64_t lda, const A* panel, 
   }
 }
 
-template <class A, int rows>
+template <class A, int rows, bool turned>
 static inline void last_tile(int64_t left, int64_t depth, const A* a, int64_t lda, const A* panel,
                              A* c, int64_t ldc, bool add) {
   if constexpr (rows > 0) {
-    if (left == rows) return tile<A, rows>(depth, a, lda, panel, c, ldc, add);
-    last_tile<A, rows - 1>(left, depth, a, lda, panel, c, ldc, add);
+    if (left == rows) return tile<A, rows, turned>(depth, a, lda, panel, c, ldc, add);
+    last_tile<A, rows - 1, turned>(left, depth, a, lda, panel, c, ldc, add);
   }
 }
 
-// c[rows][padded columns] (+)= a[rows][depth] b, b in panels `stride` elements apart.
-template <class A>
+// c[rows][padded columns] (+)= a b, b in panels `stride` elements apart; a is [rows][depth], or its
+// transpose if `turned`.
+template <bool turned = false, class A>
 static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t lda,
                             const A* b, int64_t stride, A* c, int64_t ldc, bool add) {
+  const int64_t step = turned ? 1 : lda;
   for (int64_t j = 0; j < columns; j += kPanel<A>, b += stride) {
     int64_t i = 0;
     for (; i + kTileRows <= rows; i += kTileRows) {
-      tile<A, kTileRows>(depth, a + i * lda, lda, b, c + i * ldc + j, ldc, add);
+      tile<A, kTileRows, turned>(depth, a + i * step, lda, b, c + i * ldc + j, ldc, add);
     }
-    last_tile<A, kTileRows - 1>(rows - i, depth, a + i * lda, lda, b, c + i * ldc + j, ldc, add);
+    last_tile<A, kTileRows - 1, turned>(rows - i, depth, a + i * step, lda, b, c + i * ldc + j, ldc,
+                                        add);
   }
 }
 

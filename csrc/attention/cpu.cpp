@@ -1,4 +1,4 @@
-// Attention with K tangents on the CPU: checks, outputs, one task per head and block of queries.
+// Attention on the CPU: checks, outputs, and one task per head (and part of its queries).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -12,122 +12,150 @@ namespace tangentfast {
 namespace {
 
 using Tangents = c10::List<std::optional<at::Tensor>>;
-constexpr const char* kOp = "attention_jvp";
 
-// `tensor` with contiguous columns, kept alive by `keep`.
-Operand operand(const at::Tensor& tensor, std::vector<at::Tensor>& keep) {
-  const bool plain = tensor.stride(3) == 1 || tensor.size(3) == 1;
-  keep.push_back(plain ? tensor.resolve_neg() : tensor.contiguous().resolve_neg());
-  const at::Tensor& x = keep.back();
-  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
+// Checks with the name of the op, and the tensors that the kernel reads, kept alive.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
 
-// A mask may be expanded in any dimension, columns included.
-Operand mask_operand(const at::Tensor& mask, std::vector<at::Tensor>& keep, int64_t& column) {
-  keep.push_back(mask.resolve_neg());
-  const at::Tensor& x = keep.back();
-  column = x.stride(3);
-  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-void check(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape,
-           at::ScalarType dtype) {
-  check_tensor(kOp, name, tensor, at::kCPU);
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, kOp, ": ", name, " has shape ", tensor.sizes(),
-                    ", expected ", shape);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, kOp, ": ", name, " has dtype ",
-                   tensor.scalar_type(), ", expected ", dtype);
-}
-
-void check_row(const char* name, const Tangents& row, size_t count, at::IntArrayRef shape,
-               at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(row.size() == count, kOp, ": ", name, " has ", row.size(),
-                    " entries, expected one per tangent, ", count);
-  for (size_t k = 0; k < count; ++k) {
-    if (const auto t = row.get(k)) check(indexed(name, k), *t, shape, dtype);
+  void check(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape,
+             at::ScalarType dtype) const {
+    check_tensor(op_, name, tensor, at::kCPU);
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, op_, ": ", name, " has shape ", tensor.sizes(),
+                      ", expected ", shape);
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op_, ": ", name, " has dtype ",
+                     tensor.scalar_type(), ", expected ", dtype);
   }
+
+  void check_row(const char* name, const Tangents& row, size_t count, at::IntArrayRef shape,
+                 at::ScalarType dtype) const {
+    TORCH_CHECK_VALUE(row.size() == count, op_, ": ", name, " has ", row.size(),
+                      " entries, expected one per tangent, ", count);
+    for (size_t k = 0; k < count; ++k) {
+      if (const auto t = row.get(k)) check(indexed(name, k), *t, shape, dtype);
+    }
+  }
+
+  void check_operands(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const std::optional<at::Tensor>& mask) const {
+    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op_, ": q, k, v have ",
+                      q.dim(), ", ", k.dim(), ", ", v.dim(), " dimensions, expected 4 each");
+    const auto dtype = q.scalar_type();
+    const int64_t batch = q.size(0), heads = k.size(1), keys = k.size(2);
+    check("q", q, q.sizes(), dtype);
+    check("k", k, {batch, heads, keys, q.size(3)}, dtype);
+    check("v", v, {batch, heads, keys, v.size(3)}, dtype);
+    TORCH_CHECK_VALUE(keys > 0 && heads > 0 && q.size(1) % heads == 0, op_, ": k has shape ",
+                      k.sizes(), ", expected at least one key and a number of heads that divides ",
+                      q.size(1));
+    if (mask) check("mask", *mask, {batch, q.size(1), q.size(2), keys}, wide(q));
+  }
+
+  static at::ScalarType wide(const at::Tensor& q) {
+    return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+
+  // With contiguous columns.
+  Operand operand(const at::Tensor& tensor) {
+    const bool plain = tensor.stride(3) == 1 || tensor.size(3) == 1;
+    return strided(plain ? tensor : tensor.contiguous());
+  }
+
+  // A mask may be expanded in any dimension, columns included.
+  Operand mask(const at::Tensor& tensor, int64_t& column) {
+    const Operand x = strided(tensor);
+    column = kept_.back().stride(3);
+    return x;
+  }
+
+  static Operand vector(const at::Tensor& lse) {
+    return {const_cast<void*>(lse.const_data_ptr()), lse.stride(0), lse.stride(1), lse.stride(2)};
+  }
+
+  void set(AttentionOperands& call, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+           const std::optional<at::Tensor>& added, bool causal, double scale) {
+    call.type = type_of(q);
+    call.heads = q.size(1);
+    call.group = q.size(1) / k.size(1);
+    call.queries = q.size(2);
+    call.keys = k.size(2);
+    call.depth = q.size(3);
+    call.value_depth = v.size(3);
+    call.scale = scale;
+    call.causal = causal;
+    call.q = operand(q);
+    call.k = operand(k);
+    call.v = operand(v);
+    if (added) call.mask = mask(*added, call.mask_column);
+  }
+
+ private:
+  Operand strided(const at::Tensor& tensor) {
+    kept_.push_back(tensor.resolve_neg());
+    const at::Tensor& x = kept_.back();
+    return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  }
+
+  const char* op_;
+  std::vector<at::Tensor> kept_;
+};
+
+// [N, H, rows, columns], laid out as torch's own kernel does: joining the heads again is free.
+at::Tensor heads_inside(const at::Tensor& like, int64_t columns) {
+  return at::empty({like.size(0), like.size(2), like.size(1), columns}, like.options())
+      .transpose(1, 2);
 }
 
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const std::optional<at::Tensor>& mask, bool causal, double scale, const Tangents& dq,
     const Tangents& dk, const Tangents& dv, const Tangents& dmask, bool primal) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, kOp, ": q, k, v have ", q.dim(),
-                    ", ", k.dim(), ", ", v.dim(), " dimensions, expected 4 each");
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), depth = q.size(3);
-  const int64_t shared = k.size(1), keys = k.size(2), width = v.size(3);
-  const auto dtype = q.scalar_type();
-  const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  check("q", q, q.sizes(), dtype);
-  check("k", k, {batch, shared, keys, depth}, dtype);
-  check("v", v, {batch, shared, keys, width}, dtype);
-  TORCH_CHECK_VALUE(keys > 0 && shared > 0 && heads % shared == 0, kOp, ": k has shape ",
-                    k.sizes(), ", expected at least one key and a number of heads that divides ",
-                    heads);
-  const std::vector<int64_t> scores{batch, heads, queries, keys};
-  if (mask) check("mask", *mask, scores, wide);
+  Arguments arguments("attention_jvp");
+  arguments.check_operands(q, k, v, mask);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
+  const auto wide = Arguments::wide(q);
   const size_t count = dq.size();
-  check_row("dq", dq, count, q.sizes(), dtype);
-  check_row("dk", dk, count, k.sizes(), dtype);
-  check_row("dv", dv, count, v.sizes(), dtype);
-  check_row("dmask", dmask, count, scores, wide);
+  arguments.check_row("dq", dq, count, q.sizes(), q.scalar_type());
+  arguments.check_row("dk", dk, count, k.sizes(), q.scalar_type());
+  arguments.check_row("dv", dv, count, v.sizes(), q.scalar_type());
+  arguments.check_row("dmask", dmask, count, {batch, heads, queries, k.size(2)}, wide);
 
   Attention call;
-  std::vector<at::Tensor> keep;
-  // As torch's own kernel lays out its output: joining the heads again is free.
-  const auto output = [&] {
-    return at::empty({batch, queries, heads, width}, q.options()).transpose(1, 2);
-  };
+  arguments.set(call, q, k, v, mask, causal, scale);
   at::Tensor o = at::empty({0}, q.options()), lse = at::empty({0}, q.options().dtype(wide));
   if (primal) {
-    o = output();
-    lse = at::empty({batch, queries, heads}, q.options().dtype(wide)).transpose(1, 2);
-    call.o = operand(o, keep);
-    call.lse = {lse.data_ptr(), lse.stride(0), lse.stride(1), lse.stride(2)};
+    o = heads_inside(q, v.size(3));
+    lse = at::empty({batch, queries, heads}, lse.options()).transpose(1, 2);
+    call.o = arguments.operand(o);
+    call.lse = Arguments::vector(lse);
   }
-  call.type = type_of(q);
-  call.heads = heads;
-  call.group = heads / shared;
-  call.queries = queries;
-  call.keys = keys;
-  call.depth = depth;
-  call.value_depth = width;
-  call.scale = scale;
-  call.causal = causal;
-  call.q = operand(q, keep);
-  call.k = operand(k, keep);
-  call.v = operand(v, keep);
-  if (mask) call.mask = mask_operand(*mask, keep, call.mask_column);
-
   std::vector<AttentionTangent> tangents;
   std::vector<at::Tensor> dos;
   for (size_t i = 0; i < count; ++i) {
     AttentionTangent t;
-    if (const auto x = dq.get(i)) t.dq = operand(*x, keep);
-    if (const auto x = dk.get(i)) t.dk = operand(*x, keep);
-    if (const auto x = dv.get(i)) t.dv = operand(*x, keep);
-    if (const auto x = dmask.get(i)) t.dmask = mask_operand(*x, keep, t.dmask_column);
-    dos.push_back(output());
-    const bool some = t.dq.data || t.dk.data || t.dv.data || t.dmask.data;
-    if (!some) {
+    if (const auto x = dq.get(i)) t.dq = arguments.operand(*x);
+    if (const auto x = dk.get(i)) t.dk = arguments.operand(*x);
+    if (const auto x = dv.get(i)) t.dv = arguments.operand(*x);
+    if (const auto x = dmask.get(i)) t.dmask = arguments.mask(*x, t.dmask_column);
+    dos.push_back(heads_inside(q, v.size(3)));
+    if (t.dq.data || t.dk.data || t.dv.data || t.dmask.data) {
+      t.out = arguments.operand(dos.back());
+      tangents.push_back(t);
+    } else {
       dos.back().zero_();
-      continue;
     }
-    t.out = operand(dos.back(), keep);
-    tangents.push_back(t);
   }
   call.tangents = tangents.data();
   call.count = tangents.size();
   if (batch * heads * queries == 0 || (!primal && tangents.empty())) return {o, lse, dos};
 
-  // A head's keys are packed once per task: split heads only when there are fewer than threads.
+  // A task packs the keys of its head anew: split heads only when there are fewer than threads.
   const int64_t all = batch * heads, wanted = 4 * at::get_num_threads();
-  const int64_t parts = std::max<int64_t>(
-      1, std::min((wanted + all - 1) / all, (queries + 31) / 32));
+  const int64_t parts =
+      std::max<int64_t>(1, std::min((wanted + all - 1) / all, (queries + 31) / 32));
   const int64_t rows = (queries + parts - 1) / parts;
   at::parallel_for(0, all * parts, 1, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = attention_jvp_scratch(call);
-    const at::Tensor scratch = at::empty({bytes}, at::kByte);
+    const at::Tensor scratch = at::empty({attention_jvp_scratch(call)}, at::kByte);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, first = task % parts * rows;
       if (first >= queries) continue;
@@ -138,9 +166,40 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
   return {o, lse, dos};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& o, const at::Tensor& lse, const std::optional<at::Tensor>& mask, bool causal,
+    double scale) {
+  Arguments arguments("attention_backward");
+  arguments.check_operands(q, k, v, mask);
+  const int64_t batch = q.size(0), shared = k.size(1);
+  arguments.check("o", o, {batch, q.size(1), q.size(2), v.size(3)}, q.scalar_type());
+  arguments.check("grad", grad, o.sizes(), q.scalar_type());
+  arguments.check("lse", lse, {batch, q.size(1), q.size(2)}, Arguments::wide(q));
+
+  at::Tensor dq = heads_inside(q, q.size(3)), dk = heads_inside(k, k.size(3));
+  at::Tensor dv = heads_inside(v, v.size(3));
+  AttentionBackward call;
+  arguments.set(call, q, k, v, mask, causal, scale);
+  call.o = arguments.operand(o);
+  call.grad = arguments.operand(grad);
+  call.lse = Arguments::vector(lse);
+  call.dq = arguments.operand(dq);
+  call.dk = arguments.operand(dk);
+  call.dv = arguments.operand(dv);
+  at::parallel_for(0, batch * shared, 1, [&](int64_t begin, int64_t end) {
+    const at::Tensor scratch = at::empty({attention_backward_scratch(call)}, at::kByte);
+    for (int64_t task = begin; task < end; ++task) {
+      attention_backward_kernel(call, task / shared, task % shared, scratch.data_ptr());
+    }
+  });
+  return {dq, dk, dv};
+}
+
 }  // namespace
 }  // namespace tangentfast
 
 TORCH_LIBRARY_IMPL(tangentfast, CPU, m) {
   m.impl("attention_jvp", &tangentfast::attention_jvp_cpu);
+  m.impl("attention_backward", &tangentfast::attention_backward_cpu);
 }

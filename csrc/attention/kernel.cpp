@@ -1,6 +1,6 @@
 #include "kernel.h"
 
-#define TF_BODY "attention/body.h"
+#define TF_BODY "attention/jvp_body.h"
 #include "../each_isa.h"
 
 namespace tangentfast {

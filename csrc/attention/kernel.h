@@ -23,7 +23,7 @@ struct AttentionTangent {
   Operand out;
 };
 
-struct Attention {
+struct AttentionOperands {
   Type type;  // of all operands but masks and lse, which are double for f64 and float for the rest
   int64_t heads, group;  // `group` query heads share a key and value head
   int64_t queries, keys, depth, value_depth;
@@ -31,6 +31,9 @@ struct Attention {
   bool causal;  // query i sees keys 0 .. i
   Operand q, k, v, mask;  // mask: added to S; -inf hides
   int64_t mask_column = 0;
+};
+
+struct Attention : AttentionOperands {
   Operand o;
   Operand lse;  // [N, H, queries]: log-sum-exp of S; +inf for a row that sees nothing, whose o is 0
   const AttentionTangent* tangents = nullptr;
@@ -43,5 +46,17 @@ void attention_jvp_kernel(const Attention& call, int64_t n, int64_t h, int64_t b
                           void* scratch);
 
 int64_t attention_jvp_scratch(const Attention& call);
+
+// The gradients of <grad, o>, P recomputed from the log-sum-exp:
+//   dv = Pᵀ grad,  dS = P (grad vᵀ - rowsum(grad o)),  dq = scale dS k,  dk = scale dSᵀ q
+struct AttentionBackward : AttentionOperands {
+  Operand o, lse, grad;
+  Operand dq, dk, dv;  // written
+};
+
+// All query heads of key head g of batch entry n. scratch: attention_backward_scratch bytes.
+void attention_backward_kernel(const AttentionBackward& call, int64_t n, int64_t g, void* scratch);
+
+int64_t attention_backward_scratch(const AttentionBackward& call);
 
 }  // namespace tangentfast

@@ -75,6 +75,44 @@ Truth row(const Size& n, int64_t h, int64_t i, const Array<T>& q, const Array<T>
   return out;
 }
 
+template <class T>
+double dot(const std::vector<T>& a, const std::vector<double>& b, double& size) {
+  double sum = 0;
+  for (size_t i = 0; i < b.size(); ++i) sum += load<double>(a[i]) * b[i];
+  for (size_t i = 0; i < b.size(); ++i) size += std::pow(load<double>(a[i]) * b[i], 2);
+  return sum;
+}
+
+// <J v, u> = <v, Jt u>: the backward kernel is the adjoint of the tangent, which was tested above.
+template <class T>
+void test_adjoint(const Attention& forward, const Size& n, double tolerance,
+                  const std::vector<Array<T>*>& tangents, const Array<T>& image,
+                  std::mt19937& random) {
+  const int64_t shared = n.heads / n.group;
+  Array<T> u(n.heads * n.queries * n.value_depth, random);
+  Array<T> dq(*tangents[0]), dk(*tangents[1]), dv(*tangents[2]);
+  AttentionBackward call;
+  static_cast<AttentionOperands&>(call) = forward;
+  call.o = forward.o;
+  call.lse = forward.lse;
+  call.grad = u.operand(n.queries, n.value_depth);
+  call.dq = dq.operand(n.queries, n.depth);
+  call.dk = dk.operand(n.keys, n.depth);
+  call.dv = dv.operand(n.keys, n.value_depth);
+  const size_t bytes = (attention_backward_scratch(call) + 63) / 64 * 64;
+  void* const scratch = std::aligned_alloc(64, bytes);
+  for (int64_t g = 0; g < shared; ++g) attention_backward_kernel(call, 0, g, scratch);
+  std::free(scratch);
+  double size = 0;
+  const double left = dot(image.stored, u.exact, size);
+  const double right = dot(dq.stored, tangents[0]->exact, size) +
+                       dot(dk.stored, tangents[1]->exact, size) +
+                       dot(dv.stored, tangents[2]->exact, size);
+  // Rounding errors of the terms are independent: they add up as their squares do.
+  CHECK(std::abs(left - right) <= 4 * tolerance * std::sqrt(size), "adjoint: %g and %g", left,
+        right);
+}
+
 template <class T, class A>
 void test(Type type, const Size& n, double tolerance) {
   std::mt19937 random(0);
@@ -154,6 +192,7 @@ void test(Type type, const Size& n, double tolerance) {
           int(i));
   }
   std::free(scratch);
+  test_adjoint(call, n, tolerance, {&dq, &dk, &dv}, d, random);
 }
 
 int main() {

@@ -1,7 +1,8 @@
 """Scaled-dot-product attention with K tangents: o and every do of one softmax.
 
-The kernel never holds a [T, S] matrix of a head. It saves what torch's fused backward needs, so
-that the gradient of o is that of ``torch.nn.functional.scaled_dot_product_attention``.
+The kernels never hold a [T, S] matrix of a head: the forward saves its log-sum-exp, from which the
+backward computes the softmax again (Rabe and Staats 2021, arXiv:2112.05682; Dao et al. 2022,
+arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ def attention_jvp(
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     added = None if mask is None else _added(mask, q)
     rows = [_row(row, q, k, v) for row in tangents]
-    # torch's fused backward asks for equal head sizes and gives no gradient to the mask.
-    if q.shape[-1] != v.shape[-1] or (mask is not None and mask.requires_grad):
+    if mask is not None and mask.requires_grad:  # to which the kernel's backward gives none
         o = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
         )
@@ -144,7 +144,7 @@ def _launch(
 
 
 class _Attention(torch.autograd.Function):
-    """o by the kernel, its backward by torch's fused one; the tangents have no gradient."""
+    """o and its gradients by the kernels; the tangents have no gradient."""
 
     @staticmethod
     def forward(
@@ -172,19 +172,14 @@ class _Attention(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         q, k, v, o, lse = ctx.saved_tensors
-        group = q.shape[-3] // k.shape[-3]
         mask = ctx.mask
         if mask is not None:
             mask = _four(mask.expand(*q.shape[:-1], k.shape[-2]))
-        repeated = (t if group == 1 else t.repeat_interleave(group, -3) for t in (k, v))
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(_four, (grad, q, *repeated, o)),
-            lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale,
-        )  # fmt: skip
-        if group > 1:
-            dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+        grads = torch.ops.tangentfast.attention_backward(
+            *map(_four, (grad, q, k, v, o)), lse, mask, ctx.causal, ctx.scale
+        )
         return (
-            *(t.reshape(x.shape) for t, x in ((dq, q), (dk, k), (dv, v))),
+            *(t.reshape(x.shape) for t, x in zip(grads, (q, k, v), strict=True)),
             None, None, None, None,
         )  # fmt: skip
 
@@ -206,6 +201,17 @@ def _register_fake() -> None:
             return q.new_empty(0), q.new_empty(0, dtype=_wide(q)), [output() for _ in dq]
         lse = q.new_empty(n, t, h, dtype=_wide(q)).transpose(1, 2)
         return output(), lse, [output() for _ in dq]
+
+    @torch.library.register_fake("tangentfast::attention_backward")
+    def _(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+        mask: Tensor | None, causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        def like(x: Tensor) -> Tensor:
+            n, h, t, d = x.shape
+            return x.new_empty(n, t, h, d).transpose(1, 2)
+
+        return like(q), like(k), like(v)
 
 
 if load_native()[0] is not None:
