@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tangentfast.dual import Dual, current, make_dual
+from tangentfast.dual import Dual, make_dual
+from tangentfast.passes import current
 
 SUFFIX = "_tau"
 

@@ -8,89 +8,18 @@ order: metadata, a write in place, the function's rule, the exact fallback.
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tangentfast import inplace
 from tangentfast.fallback import fallback, random_state
 from tangentfast.inplace import version
+from tangentfast.passes import Pass, current
 from tangentfast.rules import RULES
 from tangentfast.rules.registry import Inexact, Rule, evaluate
-
-
-class Pass:
-    """One evaluation of a network on dual numbers: how many tangents, and what users can be told.
-
-    `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing
-    requires grad but what depends on a tangent, so that a plain tensor with a graph has lost its
-    tangent (it came from code that takes a handle for an ordinary tensor). `anchors`: linearized
-    parameters give duals in this pass. `recording`: their gradient is wanted. `fallbacks`: counts
-    (operation, module path).
-    """
-
-    def __init__(
-        self,
-        k: int,
-        root: nn.Module | None = None,
-        strict: bool = False,
-        anchors: bool = False,
-        recording: bool = False,
-    ):
-        self.k = k
-        self.root = root
-        self.strict = strict
-        self.anchors = anchors
-        self.recording = recording
-        self.fallbacks: Counter[tuple[str, str]] = Counter()
-        self.sharers = inplace.Sharers()
-
-    def where(self) -> str:
-        """The path of the module whose forward runs now, found on the Python stack."""
-        names = {id(m): n for n, m in self.root.named_modules()} if self.root else {}
-        frame = sys._getframe()
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if id(owner) in names:
-                path = names[id(owner)]
-                return f"module {path!r} ({type(owner).__name__})" if path else "the model itself"
-            frame = frame.f_back  # type: ignore[assignment]
-        return "a function outside any module"
-
-
-# A checkpointed block is run again inside backward: same operations on the primals, no tangents.
-_REPLAY = Pass(0, anchors=True, recording=True)
-_local = threading.local()
-
-
-def current() -> Pass | None:
-    """The pass that runs on this thread; the replay, which has no tangents, inside a backward."""
-    running: Pass | None = getattr(_local, "running", None)
-    if running is None and torch._C._current_graph_task_id() != -1:
-        return _REPLAY
-    return running
-
-
-@contextmanager
-def running(pass_: Pass) -> Iterator[Pass]:
-    """Run `pass_`. Gradient mode is on inside, so that a ``no_grad`` of the model can be seen."""
-    if getattr(_local, "running", None) is not None:
-        raise RuntimeError(
-            "a linearized model or tangentfast.jvp was called inside another one; "
-            "expected one pass at a time. Linearize the outer model only."
-        )
-    _local.running = pass_
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield pass_
-    finally:
-        _local.running = None
 
 
 class Dual(Tensor):
@@ -140,11 +69,14 @@ def like(y: Tensor, dy: Tensor | None) -> Tensor | None:
         return None
     if dy.dtype != y.dtype:
         dy = dy.to(y.dtype)
-    return dy if dy.shape == y.shape else dy.expand(y.shape)
+    shape = y.shape
+    return dy if dy.shape == shape else dy.expand(shape)
 
 
 def wrap(y: Any, dys: Sequence[Any], pass_: Pass) -> Any:
     """Pair the results of a function with their tangents, tensor by tensor."""
+    if isinstance(y, Tensor):
+        return _wrap_tensor(y, dys, pass_)
     if isinstance(y, (tuple, list)):
         parts = [
             wrap(y[i], [None if dy is None else dy[i] for dy in dys], pass_) for i in range(len(y))
@@ -154,7 +86,11 @@ def wrap(y: Any, dys: Sequence[Any], pass_: Pass) -> Any:
         return type(y)(
             {n: wrap(v, [None if dy is None else dy[n] for dy in dys], pass_) for n, v in y.items()}
         )
-    if not isinstance(y, Tensor) or not y.is_floating_point():
+    return y
+
+
+def _wrap_tensor(y: Tensor, dys: Sequence[Any], pass_: Pass) -> Tensor:
+    if not y.is_floating_point():
         return y
     for known in pass_.sharers.of(y):
         if known.primal is y:
@@ -166,6 +102,10 @@ def wrap(y: Any, dys: Sequence[Any], pass_: Pass) -> Any:
     return make_dual(y, [like(y, dy) for dy in dys], pass_)
 
 
+# Types of arguments that neither are tensors nor hold any.
+_CONSTANTS = {int, float, bool, str, type(None), slice, type(...), torch.dtype, torch.device}
+
+
 class _Arguments:
     """The arguments of one call, split into primals and tangents, and checked."""
 
@@ -173,9 +113,12 @@ class _Arguments:
         self.pass_, self.func = pass_, func
 
     def primal(self, x: Any) -> Any:
-        if type(x) is Dual:
+        kind = type(x)
+        if kind is Dual:
             self.check(x)
             return x.primal
+        if kind in _CONSTANTS:
+            return x
         if isinstance(x, Tensor):
             if self.pass_.strict and x.requires_grad:
                 raise RuntimeError(
@@ -185,7 +128,7 @@ class _Arguments:
                     "autograd.Function, a tensor kept from an earlier forward or an input that "
                     "requires grad does this: replace it by torch functions, or detach it."
                 )
-        elif isinstance(x, (tuple, list)):
+        elif isinstance(x, (tuple, list)) and not all(type(e) in _CONSTANTS for e in x):
             return rebuild(x, [self.primal(e) for e in x])
         return x
 
@@ -214,15 +157,21 @@ class _Arguments:
 
     def tangents(self, args: Sequence[Any]) -> list[list[Any] | None]:
         """For each k the tangents of all arguments, or None where none has one."""
+        nested = [i for i, a in enumerate(args) if isinstance(a, (tuple, list))]
         rows: list[list[Any] | None] = []
         for k in range(self.pass_.k):
-            row = [self.tangent(a, k) for a in args]
+            row = [a.tangents[k] if type(a) is Dual else None for a in args]
+            for i in nested:
+                row[i] = self.tangent(args[i], k)
             rows.append(row if _present(row) else None)
         return rows
 
 
 def _present(row: Sequence[Any]) -> bool:
-    return any(_present(t) if isinstance(t, list) else t is not None for t in row)
+    for t in row:  # noqa: SIM110 (a generator costs more than the loop)
+        if t is not None and (type(t) is not list or _present(t)):
+            return True
+    return False
 
 
 def rebuild(old: Any, items: list[Any]) -> Any:

@@ -46,8 +46,7 @@ FORMS: dict[str, Callable[..., Any]] = {
         _forget,
     ),
 }
-# These change what the tensor is, not what it holds; nothing sensible can be said of their
-# tangents.
+# These change what the tensor is, not what it holds: nothing sensible can be said of tangents.
 _REFUSED = {
     "set_",
     "resize_",
@@ -62,9 +61,7 @@ _REFUSED = {
 
 @cache
 def functional_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The functional form of a function that writes to its first argument; None for other
-    functions.
-    """
+    """The functional form of a function that writes to its first argument; None for others."""
     name = getattr(func, "__name__", "")
     if name in FORMS:
         return FORMS[name]
@@ -86,25 +83,42 @@ def functional_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
 
 def version(tensor: Tensor) -> int:
     """The counter of writes in place to the memory of `tensor` (0 where torch keeps none)."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor
+        return 0
+
+
+class _Ref(weakref.ref[Any]):
+    """A weak reference that leaves its group when the handle dies."""
+
+    __slots__ = ("group",)
+    group: dict[int, _Ref]
+
+    def leave(self) -> None:
+        self.group.pop(id(self), None)
 
 
 class Sharers:
-    """The handles of one pass by the memory that their primals read: the root of the view they "
-    "are."""
+    """The handles of one pass, by the memory their primals read: the root they are views of."""
 
     def __init__(self) -> None:
-        self._by_root: dict[int, list[weakref.ref[Any]]] = {}
+        self._by_root: dict[int, dict[int, _Ref]] = {}
 
     def add(self, handle: Any) -> None:
         """Remember `handle` for as long as it lives."""
-        root = root_of(handle.primal)
-        self._by_root.setdefault(id(root), []).append(weakref.ref(handle))
+        group = self._by_root.setdefault(id(root_of(handle.primal)), {})
+        ref = _Ref(handle, _Ref.leave)
+        ref.group = group
+        group[id(ref)] = ref
 
     def of(self, tensor: Tensor) -> list[Any]:
         """The live handles that share memory with `tensor`."""
         root = root_of(tensor)
-        handles = [ref() for ref in self._by_root.get(id(root), ())]
+        group = self._by_root.get(id(root))
+        if not group:
+            return []
+        handles = [ref() for ref in group.values()]
         # an id may be that of a tensor that died; its handles had another root
         return [h for h in handles if h is not None and root_of(h.primal) is root]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tangentfast.dual import Dual, Pass, make_dual, running
+from tangentfast.dual import Dual, make_dual
 from tangentfast.linearize import LinearizedModel
+from tangentfast.passes import Pass, running
 
 Direction = Mapping[str, Tensor]
 

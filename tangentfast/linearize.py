@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tangentfast import sharding
 from tangentfast.anchor import SUFFIX, anchor, release
-from tangentfast.dual import Dual, Pass, running
+from tangentfast.dual import Dual
 from tangentfast.fingerprint import Base, fingerprint
 from tangentfast.inplace import version
+from tangentfast.passes import Pass, running
 from tangentfast.select import Selection, describe, select
 from tangentfast.task_vector import TaskVector
 

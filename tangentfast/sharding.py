@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tangentfast.dual import Dual, current, wrap
+from tangentfast.dual import Dual, wrap
+from tangentfast.passes import current
 
 
 def keep_duals(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from truth import TOLERANCE, floats, relative, torch_jvp, units
 
-from tangentfast.dual import Dual, Pass, make_dual, name_of, running
+from tangentfast.dual import Dual, make_dual, name_of
 from tangentfast.inplace import FORMS
+from tangentfast.passes import Pass, running
 from tangentfast.rules import RULES
 
 Function = Callable[..., Any]

@@ -19,6 +19,7 @@ LAYERS = [
     ["dual", "merge"],
     ["fallback", "fingerprint"],
     ["rules"],
+    ["passes"],
     ["inplace"],
     ["ops"],
 ]

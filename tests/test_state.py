@@ -12,7 +12,8 @@ from checks import Function, calls, check_complete, of_kind
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tangentfast.dual import Pass, make_dual, name_of, running
+from tangentfast.dual import make_dual, name_of
+from tangentfast.passes import Pass, running
 from tangentfast.rules import RULES
 
 PAIR = [C(R(3, 4), R(3, 4)), C(R(3, 4), 0.5), C(torch.zeros(3, 4), R(3, 4))]
