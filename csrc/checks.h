@@ -34,6 +34,18 @@ inline void check_same_shape(const char* op, const std::string& name, const at::
                     tensor.sizes(), ", ", other_name, " has ", other.sizes());
 }
 
+inline void check_sizes(const char* op, const std::string& name, const at::Tensor& tensor,
+                        at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, op, ": ", name, " has shape ", tensor.sizes(),
+                    ", expected ", sizes);
+}
+
+inline void check_same_dtype(const char* op, const std::string& name, const at::Tensor& tensor,
+                             const std::string& other_name, const at::Tensor& other) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), op, ": ", name, " has dtype ",
+                   tensor.scalar_type(), ", ", other_name, " has ", other.scalar_type());
+}
+
 // counts[i] consecutive entries of a list of `total` belong to row i.
 inline void check_counts(const char* op, at::IntArrayRef counts, size_t rows, size_t total) {
   TORCH_CHECK_VALUE(counts.size() == rows, op, ": counts has ", counts.size(),

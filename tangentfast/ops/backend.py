@@ -7,11 +7,16 @@ argument names one, and naming one that is not there raises; by default the best
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module, metadata
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 BACKENDS = ("native", "reference")
 
@@ -31,6 +36,7 @@ def load_native() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+@cache
 def native_problem(op: str, device: torch.device) -> str:
     """Why the extension cannot run `op` on `device`; empty when it can."""
     module, why = load_native()
@@ -64,3 +70,30 @@ def choose(op: str, device: torch.device, name: str | None = None) -> str:
     if wanted == "native" and (problem := native_problem(op, device)):
         raise RuntimeError(f"{source} is 'native', but {problem}")
     return wanted
+
+
+def ordinary(*tensors: Tensor | None) -> bool:
+    """Whether a native op may take these tensors: no subclass that has rules of its own (DTensor),
+    no ``torch.func`` transform and no forward-mode AD, which look inside an op.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+
+
+def native_dtypes(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the kernels know these types: parameters like x, or float32 beside a 16-bit x."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if not narrow and x.dtype not in (torch.float32, torch.float64):
+        return False
+    return all(
+        p is None or p.dtype == x.dtype or (narrow and p.dtype == torch.float32) for p in parameters
+    )
+
+
+def in_rows(rows: Sequence[Any], dys: list[Tensor]) -> list[Tensor | None]:
+    """The tangents of the rows that are not None in their places, and None in the others."""
+    if len(dys) == len(rows):
+        return list(dys)
+    rest = iter(dys)
+    return [None if row is None else next(rest) for row in rows]

@@ -9,6 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Row = tuple[Tensor | None, ...] | None
+Sums = tuple[Tensor, list[Tensor | None]]
+
+
+def add_jvp(x: Tensor, residual: Tensor, tangents: Sequence[Row]) -> Sums:
+    """s = x + residual, and ds of each row (dx, dresidual, ...)."""
+    dss: list[Tensor | None] = []
+    with torch.no_grad():
+        for row in tangents:
+            dx, dresidual = (None, None) if row is None else row[:2]
+            both = dx is not None and dresidual is not None
+            dss.append(dx + dresidual if both else dresidual if dx is None else dx)  # type: ignore[operator]
+    return x + residual, dss
 
 
 def layer_norm_jvp(
@@ -62,7 +74,7 @@ def layer_norm_jvp(
                 dweight = dweight.to(y.dtype)
                 dy = x_hat * dweight if dy is None else dy.addcmul_(x_hat, dweight)
             if dbias is not None:
-                dy = dbias if dy is None else dy.add_(dbias)
+                dy = dbias.to(y.dtype).expand_as(y) if dy is None else dy.add_(dbias)
             dys.append(dy)
     return y, dys
 
@@ -78,18 +90,18 @@ def rms_norm_jvp(
     dx).
 
     Args and returns as in `layer_norm_jvp`, with rows (dx, dweight); `eps` None is the machine
-    epsilon of x, as in ``torch.nn.functional.rms_norm``. Computed in float32 for 16-bit inputs.
+    epsilon of the type computed in, as in ``torch.nn.functional.rms_norm``: float32 for 16-bit
+    inputs.
     """
     shape = list(normalized_shape)
+    eps = machine_epsilon(x) if eps is None else eps
     y = F.rms_norm(x, shape, weight, eps)
     dims = tuple(range(-len(shape), 0))
     dys: list[Tensor | None] = []
     with torch.no_grad():
         wide = torch.promote_types(y.dtype, torch.float32)
         x = x.to(wide)
-        r = torch.rsqrt(
-            x.square().mean(dims, keepdim=True) + (torch.finfo(y.dtype).eps if eps is None else eps)
-        )
+        r = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
         for row in tangents:
             if row is None:
                 dys.append(None)
@@ -105,3 +117,8 @@ def rms_norm_jvp(
                 dy = x * r * dweight if dy is None else dy.addcmul_(x * r, dweight.to(wide))
             dys.append(dy)
     return y, dys
+
+
+def machine_epsilon(x: Tensor) -> float:
+    """Of the type that sums over x are computed in."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps

@@ -1,0 +1,210 @@
+#include "kernel.h"
+
+#include <cmath>
+
+#include "../isa.h"
+#include "formula.h"
+
+namespace tangentfast {
+namespace {
+
+// Lanes of a sum, fixed whatever the ISA, so that sums have one order; 128 bytes hide the latency
+// of addition on all of them.
+template <class Acc>
+constexpr int kLanes = 128 / sizeof(Acc);
+
+template <class Acc>
+struct Sums {
+  Acc a, ab;
+};
+
+template <int lanes, class Acc>
+TF_INLINE Acc fold(Acc* lane) {
+  for (int l = 0; l < lanes / 2; ++l) lane[l] += lane[l + lanes / 2];
+  if constexpr (lanes > 2) fold<lanes / 2>(lane);
+  return lane[0];
+}
+
+// What is summed over a row: first(i) and first(i) second(i).
+template <class Acc>
+struct Deviations {
+  const Acc* x;
+  Acc from;
+  TF_INLINE Acc first(int64_t i) const { return x[i] - from; }
+  TF_INLINE Acc second(int64_t i) const { return x[i] - from; }
+};
+
+template <class Acc>
+struct Pairs {
+  const Acc *a, *b;
+  TF_INLINE Acc first(int64_t i) const { return a[i]; }
+  TF_INLINE Acc second(int64_t i) const { return b[i]; }
+};
+
+template <class Acc, class Terms>
+TF_INLINE Sums<Acc> row_sums(const Terms& terms, int64_t n) {
+  constexpr int lanes = kLanes<Acc>;
+  Acc sum[lanes], dot[lanes];
+  for (int l = 0; l < lanes; ++l) sum[l] = dot[l] = 0;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int l = 0; l < lanes; ++l) {
+      sum[l] += terms.first(i + l);
+      dot[l] += terms.first(i + l) * terms.second(i + l);
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    sum[l] += terms.first(i + l);
+    dot[l] += terms.first(i + l) * terms.second(i + l);
+  }
+  return {fold<lanes>(sum), fold<lanes>(dot)};
+}
+
+template <class Acc>
+TF_INLINE Acc row_sum(const Acc* x, int64_t n) {
+  constexpr int lanes = kLanes<Acc>;
+  Acc sum[lanes];
+  for (int l = 0; l < lanes; ++l) sum[l] = 0;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int l = 0; l < lanes; ++l) sum[l] += x[i + l];
+  }
+  for (int l = 0; i + l < n; ++l) sum[l] += x[i + l];
+  return fold<lanes>(sum);
+}
+
+template <class Acc>
+TF_INLINE const Acc* widened(const Acc* row, int64_t, Acc*) {
+  return row;
+}
+
+template <class Acc, class T>
+TF_INLINE const Acc* widened(const T* row, int64_t n, Acc* __restrict scratch) {
+  for (int64_t i = 0; i < n; ++i) scratch[i] = load<Acc>(row[i]);
+  return scratch;
+}
+
+// a + b, rounded to storage as a separate addition would be, and read back.
+template <class T, class Acc>
+TF_INLINE const Acc* added(const T* a, const T* b, T* __restrict sum, int64_t n, Acc* scratch) {
+  for (int64_t i = 0; i < n; ++i) store(load<Acc>(a[i]) + load<Acc>(b[i]), sum[i]);
+  return widened(static_cast<const T*>(sum), n, scratch);
+}
+
+template <class T>
+TF_INLINE const T* at(const void* data, int64_t offset) {
+  return static_cast<const T*>(data) + offset;
+}
+
+template <class T>
+TF_INLINE T* at(void* data, int64_t offset) {
+  return static_cast<T*>(data) + offset;
+}
+
+// x^ = (x - near - rest) rstd. The mean is near + rest: near alone is rounded, and where it is much
+// larger than the deviations its rounding error is not small beside them.
+template <class Acc>
+struct Statistics {
+  Acc near, rest, rstd;
+};
+
+template <class Acc>
+TF_INLINE Statistics<Acc> statistics(const Acc* x, int64_t n, bool centered, Acc eps) {
+  Statistics<Acc> s{0, 0, 0};
+  if (centered) s.near = row_sum(x, n) / n;
+  // A second pass corrects the mean of the first: what is left of the sum of the deviations is its
+  // rounding error (Chan, Golub, LeVeque 1983).
+  const Sums<Acc> sums = row_sums<Acc>(Deviations<Acc>{x, s.near}, n);
+  if (centered) s.rest = sums.a / n;
+  const Acc variance = sums.ab / n - s.rest * s.rest;
+  s.rstd = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
+  return s;
+}
+
+template <class T, class Acc>
+TF_INLINE void value_row(const Acc* x, const Statistics<Acc>& s, const Acc* w, const Acc* b,
+                         int64_t n, Acc* __restrict x_hat, T* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) {
+    x_hat[i] = ((x[i] - s.near) - s.rest) * s.rstd;
+    store(norm_value(x_hat[i], w[i], b[i]), y[i]);
+  }
+}
+
+template <int terms, class T, class Acc>
+TF_INLINE void tangent_row(const Acc* dx, Acc mean_dx, Acc along, const Acc* x_hat, Acc rstd,
+                           const Acc* w, const Acc* dw, const Acc* db, int64_t n,
+                           T* __restrict dy) {
+  for (int64_t i = 0; i < n; ++i) {
+    store(norm_tangent<terms>(terms & kFromInput ? dx[i] : 0, mean_dx, along, x_hat[i], rstd, w[i],
+                              terms & kFromWeight ? dw[i] : 0, terms & kFromBias ? db[i] : 0),
+          dy[i]);
+  }
+}
+
+template <class T, class Acc>
+TF_INLINE void norm_rows(const NormItem& item, int64_t begin, int64_t end, Acc* scratch) {
+  const int64_t n = item.size;
+  Acc* const x_hat = scratch;
+  Acc* const wide = scratch + n;
+  const Acc* const w = at<Acc>(item.weight, 0);
+  const Acc* const b = at<Acc>(item.bias, 0);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t offset = row * n;
+    const T* const stored = at<T>(item.x, offset);
+    const Acc* const x = item.residual ? added(stored, at<T>(item.residual, offset),
+                                               at<T>(item.sum, offset), n, wide)
+                                       : widened(stored, n, wide);
+    const Statistics<Acc> s = statistics(x, n, item.centered, static_cast<Acc>(item.eps));
+    if (item.mean) *at<Acc>(item.mean, row) = s.near + s.rest;
+    *at<Acc>(item.rstd, row) = s.rstd;
+    value_row(x, s, w, b, n, x_hat, at<T>(item.y, offset));
+
+    for (int64_t k = 0; k < item.count; ++k) {
+      const NormTangent& t = item.tangents[k];
+      const Acc* const dw = at<Acc>(t.dweight, 0);
+      const Acc* const db = at<Acc>(t.dbias, 0);
+      T* const dy = at<T>(t.dy, offset);
+      const Acc* dx = nullptr;
+      Acc mean_dx = 0, along = 0;
+      if (t.dx) {
+        const T* const tangent = at<T>(t.dx, offset);
+        dx = t.dresidual ? added(tangent, at<T>(t.dresidual, offset), at<T>(t.dsum, offset), n,
+                                 wide)
+                         : widened(tangent, n, wide);
+        const Sums<Acc> sums = row_sums<Acc>(Pairs<Acc>{dx, x_hat}, n);
+        if (item.centered) mean_dx = sums.a / n;
+        along = sums.ab / n;
+      }
+#define TF_TANGENT_ROW(terms) \
+  case terms: tangent_row<terms>(dx, mean_dx, along, x_hat, s.rstd, w, dw, db, n, dy); break;
+      switch ((dx ? kFromInput : 0) | (dw ? kFromWeight : 0) | (db ? kFromBias : 0)) {
+        TF_TANGENT_ROW(0)
+        TF_TANGENT_ROW(1)
+        TF_TANGENT_ROW(2)
+        TF_TANGENT_ROW(3)
+        TF_TANGENT_ROW(4)
+        TF_TANGENT_ROW(5)
+        TF_TANGENT_ROW(6)
+        TF_TANGENT_ROW(7)
+      }
+#undef TF_TANGENT_ROW
+    }
+  }
+}
+
+TF_INLINE void norm_body(const NormItem& item, int64_t begin, int64_t end, void* scratch) {
+  switch (item.type) {
+    case Type::f64: return norm_rows<double>(item, begin, end, static_cast<double*>(scratch));
+    case Type::f32: return norm_rows<float>(item, begin, end, static_cast<float*>(scratch));
+    case Type::f16: return norm_rows<Half>(item, begin, end, static_cast<float*>(scratch));
+    case Type::bf16: return norm_rows<BFloat16>(item, begin, end, static_cast<float*>(scratch));
+  }
+}
+
+}  // namespace
+
+TF_DISPATCH(norm_jvp_kernel, norm_body,
+            (const NormItem& item, int64_t begin, int64_t end, void* scratch),
+            (item, begin, end, scratch))
+
+}  // namespace tangentfast

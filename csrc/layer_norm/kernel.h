@@ -1,0 +1,41 @@
+// The layer-norm and RMS-norm loops over raw memory: no torch, no threads, no allocation.
+#pragma once
+
+#include <cstdint>
+
+#include "../scalar.h"
+
+namespace tangentfast {
+
+// Rows are contiguous and stored as `NormItem::type`; weights and statistics are double when that
+// is f64 and float otherwise.
+struct NormTangent {
+  const void* dx;         // [rows, size] or null
+  const void* dresidual;  // [rows, size] or null; needs dx
+  const void* dweight;    // [size] or null
+  const void* dbias;      // [size] or null
+  void* dsum;             // [rows, size]: dx + dresidual, where there is a dresidual
+  void* dy;               // [rows, size]
+};
+
+struct NormItem {
+  Type type;
+  bool centered;  // layer norm; RMS norm otherwise
+  int64_t size;
+  double eps;
+  const void* x;         // [rows, size]
+  const void* residual;  // [rows, size] or null
+  const void* weight;    // [size], ones where the layer has none
+  const void* bias;      // [size], zeros where the layer has none
+  void* sum;             // [rows, size]: x + residual, which is then normalised
+  void* y;               // [rows, size]
+  void* mean;            // [rows], null for RMS norm
+  void* rstd;            // [rows]
+  const NormTangent* tangents;
+  int64_t count;
+};
+
+// Rows begin <= r < end. scratch: 2 * size floats or doubles.
+void norm_jvp_kernel(const NormItem& item, int64_t begin, int64_t end, void* scratch);
+
+}  // namespace tangentfast
