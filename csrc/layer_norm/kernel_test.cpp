@@ -32,16 +32,15 @@ struct Row {
 };
 
 Row normalised(const Array& x, size_t offset, size_t n, bool centered, double eps) {
-  const long double shift = x[offset];  // small numbers are summed, whatever the mean
+  const double shift = centered ? x[offset] : 0;  // small numbers are summed, whatever the mean
   long double mean = 0, square = 0;
-  if (centered) {
-    for (size_t i = 0; i < n; ++i) mean += x[offset + i] - shift;
-    mean = mean / n + shift;
-  }
-  for (size_t i = 0; i < n; ++i) square += (x[offset + i] - mean) * (x[offset + i] - mean);
+  for (size_t i = 0; i < n; ++i) mean += centered ? x[offset + i] - shift : 0;
+  mean /= n;
+  const auto deviation = [&](size_t i) { return x[offset + i] - shift - mean; };
+  for (size_t i = 0; i < n; ++i) square += deviation(i) * deviation(i);
   const long double rstd = 1 / std::sqrt(square / n + eps);
-  Row row{{}, double(mean), double(rstd)};
-  for (size_t i = 0; i < n; ++i) row.x_hat.push_back(double((x[offset + i] - mean) * rstd));
+  Row row{{}, double(shift + mean), double(rstd)};
+  for (size_t i = 0; i < n; ++i) row.x_hat.push_back(double(deviation(i) * rstd));
   return row;
 }
 
