@@ -37,6 +37,8 @@ TORCH_LIBRARY(tangentfast, m) {
   m.def("rms_norm_jvp(Tensor x, Tensor? residual, int[] normalized_shape, Tensor? weight, "
         "float eps, Tensor?[] tangents) "
         "-> (Tensor y, Tensor rstd, Tensor[] dys, Tensor[] sums)");
+  m.def("activation_jvp(Tensor x, Tensor? bias, Tensor? gate, Tensor? gate_bias, str kind, "
+        "Tensor?[] tangents) -> (Tensor y, Tensor[] dys)");
 }
 
 // The kernels read a tensor's negative bit themselves; the dispatcher could not write through it.

@@ -7,14 +7,15 @@ kernel, applied to the tangent, is the JVP, exact and in one pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.rules.registry import Jvp, add, composite, functions, rule
+from tangentfast.ops.activation import activation_jvp
+from tangentfast.rules.registry import Jvp, add, composite, functions, fused, rule
 
 aten = torch.ops.aten
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (dx, x, y) -> dy
@@ -56,7 +57,6 @@ UNARY: dict[str, Derivative] = {
 UNARY_INPLACE: dict[str, Derivative] = {
     "relu": lambda dx, x, y: aten.threshold_backward(dx, y, 0),
     "relu6": lambda dx, x, y: aten.hardtanh_backward(dx, x, 0, 6),
-    "silu": lambda dx, x, y: aten.silu_backward(dx, x),
     "mish": lambda dx, x, y: aten.mish_backward(dx, x),
     "hardswish": lambda dx, x, y: aten.hardswish_backward(dx, x),
     "hardsigmoid": lambda dx, x, y: aten.hardsigmoid_backward(dx, x),
@@ -88,12 +88,22 @@ for _name, _derivative in UNARY_INPLACE.items():
         _unary_inplace(_function, _derivative)
 
 
-@rule("gelu")
-def gelu(input: Tensor, approximate: str = "none") -> tuple[Tensor, Jvp]:
-    return (
-        F.gelu(input, approximate=approximate),
-        lambda dx, _: aten.gelu_backward(dx, input, approximate=approximate),
-    )
+def _rows(tangents: Sequence[Any]) -> list[Any]:
+    """Of each tangent's arguments the first."""
+    return [row and row[:1] for row in tangents]
+
+
+@fused("gelu")
+def gelu(
+    tangents: Any, input: Tensor, approximate: str = "none"
+) -> tuple[Tensor, list[Any]] | None:
+    kind = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return None if kind is None else activation_jvp(input, kind, _rows(tangents))
+
+
+@fused("silu")
+def silu(tangents: Any, input: Tensor, inplace: bool = False) -> tuple[Tensor, list[Any]]:
+    return activation_jvp(input, "silu", _rows(tangents))
 
 
 @rule("leaky_relu")
