@@ -114,8 +114,9 @@ def rms_norm_jvp(
                 dy = torch.addcmul(dx * r, x, dr)
                 dy = dy if weight is None else dy.mul_(weight)
             if dweight is not None:
-                dy = x * r * dweight if dy is None else dy.addcmul_(x * r, dweight.to(wide))
-            dys.append(dy)
+                dweight = dweight.to(wide)
+                dy = x * r * dweight if dy is None else dy.addcmul_(x * r, dweight)
+            dys.append(None if dy is None else dy.to(y.dtype))
     return y, dys
 
 
