@@ -27,7 +27,7 @@ at::Tensor value(Activation kind, const at::Tensor& x) {
   return at::sigmoid(x);
 }
 
-at::Tensor silu_backward(const at::Tensor& g, const at::Tensor& x) {
+at::Tensor silu_vjp(const at::Tensor& g, const at::Tensor& x) {
   if (!at::GradMode::is_enabled()) return at::silu_backward(g, x);
   const at::Tensor s = at::sigmoid(x);  // torch's kernel has no second derivative
   return g * s * (1 + x * (1 - s));
@@ -38,8 +38,8 @@ at::Tensor backward_of(Activation kind, const at::Tensor& g, const at::Tensor& x
     case Activation::gelu: return at::gelu_backward(g, x);
     case Activation::gelu_tanh: return at::gelu_backward(g, x, "tanh");
     // x s(1.702 x) = silu(1.702 x) / 1.702
-    case Activation::quick_gelu: return silu_backward(g, 1.702 * x);
-    case Activation::silu: return silu_backward(g, x);
+    case Activation::quick_gelu: return silu_vjp(g, 1.702 * x);
+    case Activation::silu: return silu_vjp(g, x);
     case Activation::sigmoid: break;
   }
   return at::sigmoid_backward(g, at::sigmoid(x));
