@@ -1,135 +1,171 @@
-"""One training step of open_clip ViT-B/32, batch 16, float32: time and peak memory.
+"""One training step of each regime: time and peak memory.
 
-    pytest benchmarks/bench_step.py
-
-The variants are interleaved and the ratios are medians over rounds, so that a disturbance of the
-machine meets all of them. Memory is the peak of the process over its size at rest, measured in a
-fresh process for each variant (Linux), twice: with MALLOC_MMAP_THRESHOLD_=65536, so that freed
-tensors go back to the system and the peak is what the step needs, and with malloc's defaults,
-where glibc cannot put a tensor into the hole that one of the same size left.
+    pytest benchmarks/bench_step.py --benchmark-only
+    pytest benchmarks -k "step and B/32 and float32 and not compiled" --benchmark-only
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-import tangentfast as tf
+import memory
+from harness import DEVICE, SMOKE, assert_close, compare, timed
+from networks import images, network
+from steps import (
+    ATTENTION,
+    COMPILED,
+    ORDINARY,
+    OURS,
+    OURS_ATTENTION,
+    PUBLISHED,
+    published,
+    step,
+)
 
-pytest.importorskip("pytest_benchmark")
-open_clip = pytest.importorskip("open_clip")
+LINEAR = [ORDINARY, PUBLISHED, OURS, OURS_ATTENTION]
+ALL = [ORDINARY, ATTENTION, PUBLISHED, OURS, OURS_ATTENTION]
+GPU = DEVICE.type == "cuda"
+LONGEST = 8.0  # seconds of an ordinary step; beyond it a batch is made smaller
 
-ROUNDS = 7
-VARIANTS = ["ordinary", "torch.func.jvp", "tangentfast, all", "tangentfast, attention"]
-
-
-def variant(name: str) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
-    """The model, its trained parameters and a batch."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from baselines import FullNTK
-
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32").visual.train()
-    x = torch.randn(16, 3, 224, 224)
-    if name == "ordinary":
-        return model, list(model.parameters()), x
-    if name == "torch.func.jvp":
-        linear: Any = FullNTK(model)
-        taus = linear.tau
-    else:
-        linear = tf.linearize(model, name.rpartition(" ")[2])
-        taus = linear.tau
-    for tau_name, tau in taus.items():
-        generator = torch.Generator().manual_seed(len(tau_name) + tau.numel())
-        with torch.no_grad():
-            tau.normal_(std=1e-3, generator=generator)
-    return linear, list(linear.parameters()), x
-
-
-def run(name: str) -> Any:
-    from baselines import step
-
-    model, parameters, x = variant(name)
-    return lambda: step(model, parameters, x)
+# network, dtype, batch, variants, seconds: at least one round, more where they fit
+CPU_STEPS = [
+    ("ViT-B/32", torch.float32, 16, ALL, 80),
+    ("ViT-B/32", torch.bfloat16, 16, LINEAR, 30),
+    ("ViT-B/16", torch.float32, 8, [ORDINARY, PUBLISHED, OURS], 85),
+    ("ViT-S/16", torch.float32, 4, LINEAR, 12),
+]
+GPU_STEPS = [
+    ("ViT-B/32", torch.float32, 64, ALL, 20),
+    ("ViT-B/16", torch.bfloat16, 64, LINEAR, 20),
+    ("ViT-L/14", torch.float32, 32, LINEAR, 30),
+    ("ViT-L/14", torch.bfloat16, 32, ALL, 30),
+]
+STEPS = GPU_STEPS if GPU else CPU_STEPS
+IDS = [f"{name} {str(dtype)[6:]}" for name, dtype, *_ in STEPS]
 
 
-def test_step(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = {name: run(name) for name in VARIANTS}
-    first = {name: once() for name, once in steps.items()}
-    torch.testing.assert_close(
-        first["tangentfast, all"], first["torch.func.jvp"], rtol=1e-4, atol=1e-5
+@lru_cache(1)
+def built(name: str, dtype: torch.dtype) -> nn.Module:
+    """One network at a time: the largest are a gigabyte."""
+    return network(name, dtype)
+
+
+@lru_cache
+def fitting_batch(name: str, dtype: torch.dtype, batch: int) -> int:
+    """`batch`, or less where the processor has no fast products of a 16-bit type."""
+    if SMOKE:
+        return 2
+    if GPU or dtype == torch.float32:
+        return batch
+    one = timed(step(ORDINARY, built(name, dtype), images(1, dtype)))[0]
+    return max(1, min(batch, int(LONGEST / one)))
+
+
+def check(network: nn.Module, x: Tensor, results: dict[str, Any]) -> None:
+    """Outputs and every gradient, against NTK linearization as published."""
+    assert_close(results[OURS], results[PUBLISHED], "step, all parameters")
+    if OURS_ATTENTION in results:
+        one = x[:1]
+        ours = step(OURS_ATTENTION, network, one)
+        theirs = published(network, ours.trained, one)
+        assert_close(ours(), theirs(), "step, attention")
+    if ATTENTION in results:
+        out, gradients = results[ATTENTION]
+        expected = {name: results[ORDINARY][1][name] for name in gradients}
+        assert_close((out, gradients), (results[ORDINARY][0], expected), "step, ordinary")
+
+
+def facts(name: str, dtype: torch.dtype, batch: int, wanted: int) -> dict[str, Any]:
+    return {
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "wanted batch": wanted,
+        "against": ORDINARY,
+    }
+
+
+@pytest.mark.parametrize(("name", "dtype", "wanted", "variants", "seconds"), STEPS, ids=IDS)
+def test_step(
+    name: str, dtype: torch.dtype, wanted: int, variants: list[str], seconds: float, benchmark: Any
+) -> None:
+    model, batch = built(name, dtype), fitting_batch(name, dtype, wanted)
+    if batch < wanted and not SMOKE:
+        variants = [ORDINARY, PUBLISHED, OURS]  # a slow dtype is no place for more
+    x = images(batch, dtype)
+    compare(
+        benchmark,
+        {variant: step(variant, model, x) for variant in variants},
+        lambda results: check(model, x, results),
+        seconds=seconds,
+        **facts(name, dtype, batch, wanted),
     )
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-
-    def round_() -> None:
-        for name, once in steps.items():
-            start = time.perf_counter()
-            once()
-            seconds[name].append(time.perf_counter() - start)
-
-    benchmark.pedantic(round_, rounds=ROUNDS)
-    with capsys.disabled():
-        print(f"\nViT-B/32, batch 16, float32, {torch.get_num_threads()} threads")
-        for name in VARIANTS:
-            over = [a / b for a, b in zip(seconds[name], seconds["ordinary"], strict=True)]
-            faster = [b / a for a, b in zip(seconds[name], seconds["torch.func.jvp"], strict=True)]
-            ratio, speed = statistics.median(over), statistics.median(faster)
-            benchmark.extra_info[name] = {"× ordinary": ratio, "× faster than jvp": speed}
-            print(
-                f"{name:24s} {statistics.median(seconds[name]):6.2f} s  {ratio:5.2f} × ordinary "
-                "step"
-                f"  {speed:5.2f} × faster than torch.func.jvp"
-            )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def peak(name: str, **environment: str) -> float:
-        command = [sys.executable, __file__, name]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=os.environ | environment
-        )
-        return float(json.loads(done.stdout.splitlines()[-1]))
+def test_adamw(benchmark: Any) -> None:
+    """The step of the table's first row with its optimizer."""
+    name, dtype, wanted, _, _ = STEPS[0]
+    model, batch = network(name, dtype), fitting_batch(name, dtype, wanted)
+    steps = {variant: step(variant, model, images(batch, dtype)) for variant in (ORDINARY, OURS)}
+    truth = published(model, list(steps[OURS].trained), steps[OURS].x[:1])
+    first = step(OURS, model, truth.x)
+    assert_close(first(), truth(), "step, all parameters")
+    # θ0 must not move under the linearized model: the ordinary step gets its own.
+    steps[ORDINARY] = step(ORDINARY, network(name, dtype), steps[OURS].x)
+    for one in steps.values():
+        one.optimizer = torch.optim.AdamW(list(one.trained.values()), lr=1e-5)
 
-    def measure() -> dict[str, tuple[float, float]]:
-        return {n: (peak(n, MALLOC_MMAP_THRESHOLD_="65536"), peak(n)) for n in VARIANTS}
+    def moved(results: dict[str, Any]) -> None:
+        for one in steps.values():
+            assert one.optimizer is not None
+            assert len(one.optimizer.state) == len(one.trained)
 
-    peaks = benchmark.pedantic(measure, rounds=1)
-    need, resident = peaks["ordinary"]
-    with capsys.disabled():
-        print("\npeak memory over the resting model: needed; resident with malloc's defaults")
-        for name, (a, b) in peaks.items():
-            benchmark.extra_info[name] = {"GB": a, "× ordinary": a / need, "resident GB": b}
-            print(f"{name:24s} {a:5.2f} GB {a / need:5.2f} ×   {b:5.2f} GB {b / resident:5.2f} ×")
-
-
-def _peak_of_two_steps(name: str) -> float:
-    """GB by which the process grows beyond model, θ0, τ and their gradients."""
-
-    def status(key: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(li.split()[1]) for li in lines if li.startswith(key)) / 1e6
-
-    model, parameters, x = variant(name)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter).fill_(1.0)  # touched: memory that rests
-    rest = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    for _ in range(2):
-        for parameter in parameters:
-            parameter.grad.zero_()  # type: ignore[union-attr]
-        model(x).square().mean().backward()
-    return status("VmHWM") - rest
+    compare(
+        benchmark,
+        steps,
+        moved,
+        seconds=22,
+        optimizer="AdamW",
+        **facts(name, dtype, batch, wanted),
+    )
 
 
-if __name__ == "__main__":
-    print(json.dumps(_peak_of_two_steps(sys.argv[1])))
+@pytest.mark.skipif(SMOKE, reason="a minute of compilation")
+def test_compiled(benchmark: Any) -> None:
+    """The published step through ``torch.compile``; ``-k "not compiled"`` leaves it out."""
+    name, dtype, wanted, _, _ = STEPS[0]
+    model, batch = built(name, dtype), fitting_batch(name, dtype, wanted)
+    x = images(batch, dtype)
+    steps = {variant: step(variant, model, x) for variant in (ORDINARY, COMPILED, OURS)}
+    try:
+        compile_seconds = timed(steps[COMPILED])[0]
+    except Exception as error:  # whatever the compiler or its C++ compiler raises
+        pytest.skip(f"torch.compile: {type(error).__name__}: {str(error)[:200]}")
+    compare(
+        benchmark,
+        steps,
+        lambda results: assert_close(results[OURS], results[COMPILED], "step, compiled"),
+        seconds=34,
+        **{"compile seconds": compile_seconds},
+        **facts(name, dtype, batch, wanted),
+    )
+
+
+@pytest.mark.skipif(not memory.MEASURABLE, reason="peak memory: Linux or CUDA")
+@pytest.mark.parametrize(("name", "dtype", "wanted"), [row[:3] for row in STEPS[:3]], ids=IDS[:3])
+def test_memory(name: str, dtype: torch.dtype, wanted: int, benchmark: Any) -> None:
+    batch = fitting_batch(name, dtype, wanted)
+    if batch < wanted and not SMOKE:
+        pytest.skip(f"{dtype} is slow here; at batch {batch} memory is that of the weights")
+    variants = LINEAR if STEPS[0][0] == name and dtype == STEPS[0][1] else [ORDINARY, OURS]
+    found = benchmark.pedantic(memory.peaks, (name, dtype, batch, variants), rounds=1)
+    assert SMOKE or all(peak > 0 for peak in found.values())
+    benchmark.extra_info |= {
+        "facts": facts(name, dtype, batch, wanted),
+        "variants": {variant: {"bytes": peak} for variant, peak in found.items()},
+    }

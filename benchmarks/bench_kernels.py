@@ -1,0 +1,230 @@
+"""Each operation with its tangent: the library's kernel, its reference, ``torch.func.jvp``.
+
+    pytest benchmarks/bench_kernels.py --benchmark-only
+    pytest benchmarks -k layer_norm --benchmark-only
+
+An operation is called through its rule, as the dual layer calls it, with one tangent for every
+tensor argument: once on the best backend there is, once on the plain-torch reference (the same
+where there is no kernel). Bytes or FLOPs are counted from the formula, every large tensor read or
+written once, and the rate is set beside the machine's, measured in the same rounds at the same
+amount of work. Adding an operation is one entry of `OPERATIONS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ceilings
+from baselines import function_jvp
+from harness import DEVICE, SMOKE, assert_close, compare
+from tangentfast.rules import RULES
+
+Shape = tuple[int, ...]
+GPU = DEVICE.type == "cuda"
+SCALE = 8 if GPU else 1
+
+# [rows, width]: one token; one image and 16 of ViT-B/32; the MLP's width.
+ROWS: list[Shape] = [(1, 768), (50, 768), (800 * SCALE, 768)]
+WIDE: list[Shape] = [(1, 3072), (50, 3072), (800 * SCALE, 3072)]
+# [batch, heads, tokens, head width]: ViT-B/32 with 1 and 16 images, ViT-B/16 with 8, ViT-L/14
+HEADS: list[Shape] = [
+    (1, 12, 50, 64),
+    (16 * SCALE, 12, 50, 64),
+    (8 * SCALE, 12, 197, 64),
+    (1, 16, 577, 64),
+]
+SCORES: list[Shape] = [(600, 50), (192 * 50, 50), (96 * 197, 197)]  # [rows, keys]
+PRODUCTS: list[Shape] = [(1, 768, 768), (50, 768, 768), (800 * SCALE, 768, 3072)]  # rows, in, out
+PATCHES: list[Shape] = [(1, 32, 224), (8 * SCALE, 32, 224), (4 * SCALE, 16, 224)]  # n, patch, size
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A torch function and what one call of it, with one tangent, must do.
+
+    Attributes:
+        function: the torch function, whose rule is taken.
+        sizes: what is measured, small ones too.
+        shapes: size -> shapes of the tensor arguments.
+        call: tensor arguments -> positional and keyword arguments of the function.
+        streams: tensors of the first argument's size that are read or written; 0 where FLOPs count.
+        flops: size -> FLOPs of the matrix products.
+    """
+
+    function: Any
+    sizes: Sequence[Shape]
+    shapes: Callable[[Shape], Sequence[Shape]] = lambda size: [size]
+    call: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] = lambda *t: (t, {})
+    streams: int = 0
+    flops: Callable[[Shape], float] = lambda size: 0.0
+
+
+def attention(causal: bool) -> Operation:
+    """Two products for o, four for its tangent; masked entries are counted as if computed."""
+    return Operation(
+        F.scaled_dot_product_attention,
+        HEADS,
+        lambda size: [size] * 3,
+        lambda q, k, v: ((q, k, v), {"is_causal": causal}),
+        flops=lambda s: 6 * 2.0 * s[0] * s[1] * s[2] ** 2 * s[3],
+    )
+
+
+OPERATIONS = {
+    "layer_norm": Operation(
+        F.layer_norm,
+        ROWS,
+        lambda size: [size, size[1:], size[1:]],
+        lambda x, w, b: ((x, [x.shape[-1]], w, b), {}),
+        streams=4,
+    ),
+    "rms_norm": Operation(
+        F.rms_norm,
+        ROWS,
+        lambda size: [size, size[1:]],
+        lambda x, w: ((x, [x.shape[-1]], w), {}),
+        streams=4,
+    ),
+    "gelu": Operation(F.gelu, WIDE, streams=4),
+    "gelu tanh": Operation(
+        F.gelu, WIDE, call=lambda x: ((x,), {"approximate": "tanh"}), streams=4
+    ),
+    "silu": Operation(F.silu, WIDE, streams=4),
+    "softmax": Operation(F.softmax, SCORES, call=lambda x: ((x, -1), {}), streams=4),
+    "log_softmax": Operation(F.log_softmax, SCORES, call=lambda x: ((x, -1), {}), streams=4),
+    "add": Operation(torch.add, ROWS, lambda size: [size, size], streams=6),
+    "attention": attention(causal=False),
+    "attention causal": attention(causal=True),
+    # x W; dx W and x dW
+    "linear": Operation(
+        F.linear,
+        PRODUCTS,
+        lambda s: [(s[0], s[1]), (s[2], s[1]), (s[2],)],
+        flops=lambda s: 3 * 2.0 * s[0] * s[1] * s[2],
+    ),
+    # images are data and have no tangent: x W and x dW
+    "patch embedding": Operation(
+        F.conv2d,
+        PATCHES,
+        lambda s: [(768, 3, s[1], s[1]), (768,)],
+        flops=lambda s: 2 * 2.0 * s[0] * s[2] ** 2 * 3 * 768,
+    ),
+}
+PRODUCT_OPS = ("attention", "attention causal", "linear", "patch embedding")
+
+
+def cases() -> list[Any]:
+    """Every size in float32, the larger ones in bfloat16; products in bfloat16 on a GPU only.
+
+    A processor without instructions for them needs seconds for one.
+    """
+    found = []
+    for name, operation in OPERATIONS.items():
+        for size in operation.sizes[:1] if SMOKE else operation.sizes:
+            for dtype in (torch.float32, torch.bfloat16):
+                skipped = dtype == torch.bfloat16 and (
+                    size == operation.sizes[0] or (name in PRODUCT_OPS and not GPU)
+                )
+                if not skipped:
+                    shape = "x".join(map(str, size))
+                    ident = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
+                    found.append(pytest.param(name, size, dtype, id=ident))
+    return found
+
+
+def through_rule(
+    function: Any, args: Sequence[Any], kwargs: dict[str, Any], tangents: dict[int, Tensor]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The rule's result for one tangent, on the backend that TANGENTFAST_BACKEND names."""
+    rule = RULES[function]
+    bound = rule.bind(args, kwargs)
+    assert bound is not None
+    row = [tangents.get(id(argument)) for argument in bound]
+
+    def run() -> tuple[Tensor, Tensor]:
+        y, (dy,) = rule.apply(bound, [row])
+        return y, dy
+
+    return run
+
+
+def on_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with TANGENTFAST_BACKEND set; an empty name takes the best backend."""
+
+    def named() -> Any:
+        before = os.environ.get("TANGENTFAST_BACKEND")
+        os.environ["TANGENTFAST_BACKEND"] = name
+        try:
+            return run()
+        finally:
+            del os.environ["TANGENTFAST_BACKEND"]
+            if before is not None:
+                os.environ["TANGENTFAST_BACKEND"] = before
+
+    return named
+
+
+@pytest.mark.parametrize(("name", "size", "dtype"), cases())
+def test_kernel(name: str, size: Shape, dtype: torch.dtype, benchmark: Any) -> None:
+    operation = OPERATIONS[name]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(shape: Shape) -> Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+    shapes = operation.shapes(size)
+    primals, dprimals = [random(s) for s in shapes], [random(s) for s in shapes]
+    call = operation.call
+    if name == "patch embedding":
+        picture = random((size[0], 3, size[2], size[2]))
+        call = lambda w, b: ((picture, w, b), {"stride": size[1]})  # noqa: E731
+    args, kwargs = call(*primals)
+    tangents = {id(x): dx for x, dx in zip(primals, dprimals, strict=True)}
+    run = through_rule(operation.function, args, kwargs, tangents)
+
+    def function(*tensors: Tensor) -> Tensor:
+        args, kwargs = call(*tensors)
+        result: Tensor = operation.function(*args, **kwargs)
+        return result
+
+    flops = operation.flops(size)
+    if flops:
+        product, amount = ceilings.product(flops / 3, dtype)
+        runs, work = {"ceiling: product": product}, {"ceiling: product": amount}
+    else:
+        flops = float(operation.streams * primals[0].nbytes)
+        found, moved = ceilings.passes(int(flops))
+        runs = {f"ceiling: {n}": found[n] for n in found}
+        work = {f"ceiling: {n}": moved[n] for n in found}
+    ours = ["tangentfast", "reference", "torch.func.jvp"]
+
+    def check(results: dict[str, Any]) -> None:
+        for variant in ours[:2]:
+            assert_close(results[variant], results["torch.func.jvp"], f"{name}, {variant}")
+
+    with torch.no_grad():
+        compare(
+            benchmark,
+            {
+                "tangentfast": on_backend("", run),
+                "reference": on_backend("reference", run),
+                "torch.func.jvp": lambda: function_jvp(function, primals, dprimals),
+                **runs,
+            },
+            check,
+            against="torch.func.jvp",
+            work={variant: flops for variant in ours} | work,
+            seconds=0.6,
+            operation=name,
+            size=list(size),
+            dtype=str(dtype).removeprefix("torch."),
+            unit="FLOP" if operation.streams == 0 else "B",
+        )
