@@ -17,8 +17,10 @@ demo: $(READY)  ## fine-tune a real ViT on three tasks in tangent space and merg
 test: $(READY)  ## run the tests (10 minutes)
 	$(RUN) -m pytest -q
 
-bench: $(READY)  ## run the benchmarks
-	$(RUN) -m pytest benchmarks --benchmark-only -q
+bench: $(READY)  ## run the benchmarks (10 minutes) and rewrite docs/benchmarks.md from them
+	results=$$($(RUN) benchmarks/machine.py) && \
+	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q --benchmark-json=$$results && \
+	$(RUN) benchmarks/document.py $$results
 
 lint: $(READY)  ## format check, lint and types
 	$(RUN) -m ruff check .
@@ -29,7 +31,7 @@ gpu: $(READY)  ## build with CUDA, run the tests and the benchmarks on a machine
 	@$(RUN) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no GPU is visible to torch')"
 	TANGENTFAST_CUDA=1 $(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	$(RUN) -m pytest -q
-	$(RUN) -m pytest benchmarks --benchmark-only -q
+	$(MAKE) bench
 
 clean:  ## remove what was built, but not what was downloaded
 	rm -rf $(VENV) build dist *.egg-info tangentfast/_C*.so demo-output

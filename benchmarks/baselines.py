@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,12 @@ def jvp(
     """
     base = {n: p.detach() for n, p in model.named_parameters()} if base is None else base
     with sdpa_kernel(SDPBackend.MATH):
-        y, dy = torch.func.jvp(
+        result: Any = torch.func.jvp(
             lambda p: torch.func.functional_call(model, {**base, **p}, (x,)),
             ({n: base[n] for n in tau},),
             (dict(tau),),
         )
+    y, dy = result
     return y, dy
 
 
@@ -52,7 +54,8 @@ def function_jvp(
 ) -> tuple[Tensor, Tensor]:
     """One torch function by ``torch.func.jvp``."""
     with sdpa_kernel(SDPBackend.MATH):
-        y, dy = torch.func.jvp(function, tuple(primals), tuple(dprimals))
+        result: Any = torch.func.jvp(function, tuple(primals), tuple(dprimals))
+    y, dy = result
     return y, dy
 
 

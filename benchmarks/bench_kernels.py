@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ceilings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import ceilings
 from baselines import function_jvp
 from harness import DEVICE, SMOKE, assert_close, compare
+from torch import Tensor
+
 from tangentfast.rules import RULES
 
 Shape = tuple[int, ...]
@@ -94,9 +94,7 @@ OPERATIONS = {
         streams=4,
     ),
     "gelu": Operation(F.gelu, WIDE, streams=4),
-    "gelu tanh": Operation(
-        F.gelu, WIDE, call=lambda x: ((x,), {"approximate": "tanh"}), streams=4
-    ),
+    "gelu tanh": Operation(F.gelu, WIDE, call=lambda x: ((x,), {"approximate": "tanh"}), streams=4),
     "silu": Operation(F.silu, WIDE, streams=4),
     "softmax": Operation(F.softmax, SCORES, call=lambda x: ((x, -1), {}), streams=4),
     "log_softmax": Operation(F.log_softmax, SCORES, call=lambda x: ((x, -1), {}), streams=4),

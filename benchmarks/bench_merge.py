@@ -13,13 +13,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import pytest
-import torch
-from torch import Tensor
-
 import baselines
 import ceilings
+import pytest
+import torch
 from harness import DEVICE, SMOKE, assert_close, compare
+from torch import Tensor
+
 from tangentfast.merge import gram, merge_
 from tangentfast.ops.backend import native_problem
 

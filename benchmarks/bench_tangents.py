@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import baselines
 import pytest
 import torch
-from torch import Tensor, nn
-
-import baselines
-import tangentfast as tf
 from harness import DEVICE, SMOKE, assert_close, compare
 from networks import directions, images, network
+from torch import Tensor, nn
+
+import tangentfast as tf
 
 GPU = DEVICE.type == "cuda"
 NAME = "ViT-L/14" if GPU else "ViT-B/32"
@@ -97,7 +97,7 @@ def by_points_published(
 
     def mixture(point: Sequence[float]) -> dict[str, Tensor]:
         return {
-            name: sum(a * v[name] for a, v in zip(point, vectors, strict=True))  # type: ignore[misc]
+            name: torch.stack([a * v[name] for a, v in zip(point, vectors, strict=True)]).sum(0)
             for name in vectors[0]
         }
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
-
 from harness import DEVICE
+from torch import Tensor
 
 PASSES = ("read", "copy_", "memcpy", "axpy in place")
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
-import pytest
-
 import machine
-from harness import SMOKE, ratio
+import pytest
+from harness import SMOKE
+from readings import Comparison
 
 RECORDS: list[dict[str, Any]] = []
 STARTED = time.perf_counter()
@@ -37,9 +36,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info |= machine.describe()
 
 
-def pytest_benchmark_update_json(
-    config: Any, benchmarks: Any, output_json: dict[str, Any]
-) -> None:
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Replace pytest-benchmark's file by ours: seconds of every round, no statistics."""
     output_json.clear()
     output_json |= {
@@ -53,21 +50,20 @@ def pytest_benchmark_update_json(
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Ratios of every comparison, and how long each took of the whole."""
+    """Ratios of every comparison, and how long it took of the whole."""
     write = terminalreporter.write_line
     for record in RECORDS:
-        variants, facts = record["variants"], record["facts"]
-        write(f"{record['suite']}: {record['name']} ({record['took']:.0f} s in all)")
-        for name, figures in variants.items():
-            if "seconds" not in figures:
-                write(f"  {name:26s} {figures['bytes'] / 1e9:9.3f} GB")
+        found = Comparison(*(record[key] for key in ("name", "suite", "facts", "variants")))
+        write(f"{found.suite}: {found.name} ({record['took']:.0f} s in all)")
+        for variant, figures in found.variants.items():
+            if "bytes" in figures:
+                write(f"  {variant:30s} {figures['bytes'] / 1e9:9.3f} GB")
                 continue
-            middle = statistics.median(figures["seconds"])
-            against = ratio(variants, name, facts["against"])
+            against = found.facts["against"]
+            line = f"{found.seconds(variant) * 1e3:10.3f} ms {found.times(variant, against):8.3f}"
             rate = ""
             if "work" in figures:
-                rate = f"  {figures['work'] / middle / 1e9:7.1f} G{facts['unit']}/s"
-            write(f"  {name:26s} {middle * 1e3:9.3f} ms {against:8.3f} × {facts['against']}{rate}")
+                rate = f"  {found.rate(variant) / 1e9:7.1f} G{found.facts['unit']}/s"
+            write(f"  {variant:30s} {line} × {against}{rate}")
     if RECORDS:
-        total = time.perf_counter() - STARTED
-        write(f"{os.cpu_count()} cores, {total:.0f} s in all")
+        write(f"{os.cpu_count()} cores, {time.perf_counter() - STARTED:.0f} s in all")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -104,12 +103,6 @@ def timed(run: Run, calls: int = 1) -> tuple[float, Any]:
 def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-
-
-def ratio(variants: Mapping[str, Any], name: str, against: str) -> float:
-    """Time of `name` over that of `against`: the median over rounds."""
-    pairs = zip(variants[name]["seconds"], variants[against]["seconds"], strict=True)
-    return statistics.median(a / b for a, b in pairs)
 
 
 def tensors(results: Any) -> list[Tensor]:

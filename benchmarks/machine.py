@@ -1,6 +1,6 @@
 """The machine a run was on, in words that name no host, and where its results go.
 
-    python benchmarks/machine.py     # prints the path for a run of today's commit
+python benchmarks/machine.py     # prints the path for a run of today's commit
 """
 
 from __future__ import annotations

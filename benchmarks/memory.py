@@ -21,7 +21,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-
 from harness import DEVICE
 from networks import images, network
 from steps import Step, step

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from baselines import FullNTK
+from networks import directions
+from regimes import ATTENTION, COMPILED, ORDINARY, PUBLISHED
 from torch import Tensor, nn
 
 import tangentfast as tf
-from baselines import FullNTK
-from networks import directions
-
-ORDINARY, ATTENTION = "ordinary", "ordinary, attention"
-PUBLISHED, COMPILED = "torch.func.jvp", "torch.func.jvp, compiled"
-OURS, OURS_ATTENTION = "tangentfast, all", "tangentfast, attention"
 
 
 @dataclass
