@@ -312,7 +312,7 @@ def _overhead(run: Run) -> Iterator[str]:
         return
     bare = "same aten operations"
     operations = found.facts["operations"]
-    extra = (found.seconds("tangentfast") - found.seconds(bare)) / operations
+    extra = (found.times("tangentfast", bare) - 1) * found.seconds(bare) / operations
     yield prose(
         f"""{found.facts["model"]}, one image, no gradients: the linearized forward is {operations}
         aten operations. Run one after the other without the dual layer they take
