@@ -25,10 +25,10 @@ LONGEST = 8.0  # seconds of an ordinary step; beyond it a batch is made smaller
 
 # network, dtype, batch, variants, seconds: at least one round, more where they fit
 CPU_STEPS = [
-    ("ViT-B/32", torch.float32, 16, ALL, 80),
+    ("ViT-B/32", torch.float32, 16, ALL, 95),
     ("ViT-B/32", torch.bfloat16, 16, LINEAR, 30),
     ("ViT-B/16", torch.float32, 8, [ORDINARY, PUBLISHED, OURS], 85),
-    ("ViT-S/16", torch.float32, 4, LINEAR, 12),
+    ("ViT-S/16", torch.float32, 4, LINEAR, 8),
 ]
 GPU_STEPS = [
     ("ViT-B/32", torch.float32, 64, ALL, 20),
@@ -120,7 +120,7 @@ def test_adamw(benchmark: Any) -> None:
         benchmark,
         steps,
         moved,
-        seconds=22,
+        seconds=20,
         optimizer="AdamW",
         **facts(name, dtype, batch, wanted),
     )
