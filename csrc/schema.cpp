@@ -26,6 +26,10 @@ TORCH_LIBRARY(tangentfast, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor? mask, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+  // C_o = biases[o] + the sum over its terms of lefts[l] [M, D] times rights[r] [D, N]; terms holds
+  // the triples (o, l, r) one after the other.
+  m.def(
+      "products(Tensor[] lefts, Tensor[] rights, Tensor?[] biases, int[] terms) -> Tensor[]");
 
   // Norms and activations: y with its ordinary gradient, and its K tangents, without one. tangents
   // holds one entry for each tensor that may have a tangent, K times over; the order is in the

@@ -115,6 +115,7 @@ static inline void tile(int64_t depth, const A* a, int64_t lda, const A* panel, 
     sums[i][0] = add ? load_vector(c + i * ldc) : Vec<A>{};
     sums[i][1] = add ? load_vector(c + i * ldc + n) : Vec<A>{};
   }
+#pragma GCC unroll 4
   for (int64_t p = 0; p < depth; ++p) {
     const Vec<A> left = load_vector(panel + p * 2 * n);
     const Vec<A> right = load_vector(panel + p * 2 * n + n);
@@ -156,28 +157,45 @@ static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const 
   }
 }
 
-// Panels of the transpose of x [rows][depth]: its rows become columns.
-template <class A, class T>
+// Panels of the transpose of x [rows][depth]: its rows become columns. A panel is `width` wide; of
+// kTileRows it makes a left operand for `turned`.
+template <class A, int width = kPanel<A>, class T>
 static inline void pack_transposed(int64_t rows, int64_t depth, const T* x, int64_t stride, A* b) {
-  for (int64_t j = 0; j < rows; j += kPanel<A>, b += depth * kPanel<A>) {
-    const int64_t n = rows - j < kPanel<A> ? rows - j : kPanel<A>;
+  for (int64_t j = 0; j < rows; j += width, b += depth * width) {
+    const int64_t n = rows - j < width ? rows - j : width;
     const T* from = x + j * stride;
+    if (n == width) {
+      for (int64_t p = 0; p < depth; ++p) {
+        for (int64_t i = 0; i < width; ++i) b[p * width + i] = load<A>(from[i * stride + p]);
+      }
+      continue;
+    }
     for (int64_t p = 0; p < depth; ++p) {
-      for (int64_t i = 0; i < n; ++i) b[p * kPanel<A> + i] = load<A>(from[i * stride + p]);
-      for (int64_t i = n; i < kPanel<A>; ++i) b[p * kPanel<A> + i] = 0;
+      for (int64_t i = 0; i < n; ++i) b[p * width + i] = load<A>(from[i * stride + p]);
+      for (int64_t i = n; i < width; ++i) b[p * width + i] = 0;
     }
   }
 }
 
 // Panels of x [depth][columns] itself.
-template <class A, class T>
+template <class A, int width = kPanel<A>, class T>
 static inline void pack(int64_t depth, int64_t columns, const T* x, int64_t stride, A* b) {
-  for (int64_t j = 0; j < columns; j += kPanel<A>, b += depth * kPanel<A>) {
-    const int64_t n = columns - j < kPanel<A> ? columns - j : kPanel<A>;
-    for (int64_t p = 0; p < depth; ++p) {
-      const T* from = x + p * stride + j;
-      for (int64_t i = 0; i < n; ++i) b[p * kPanel<A> + i] = load<A>(from[i]);
-      for (int64_t i = n; i < kPanel<A>; ++i) b[p * kPanel<A> + i] = 0;
+  for (int64_t p = 0; p < depth; ++p) {
+    const T* from = x + p * stride;
+    A* to = b + p * width;
+    int64_t j = 0;
+    for (; j + width <= columns; j += width, to += depth * width) {
+      for (int64_t i = 0; i < width; ++i) to[i] = load<A>(from[j + i]);
     }
+    if (j == columns) continue;
+    for (int64_t i = 0; i < width; ++i) to[i] = j + i < columns ? load<A>(from[j + i]) : 0;
+  }
+}
+
+template <class A, class T>
+static inline void narrow(int64_t rows, int64_t columns, const A* x, int64_t stride, T* y,
+                          int64_t y_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t p = 0; p < columns; ++p) store(x[i * stride + p], y[i * y_stride + p]);
   }
 }

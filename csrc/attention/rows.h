@@ -18,14 +18,6 @@ static inline void widen(int64_t rows, int64_t columns, const T* x, int64_t stri
   }
 }
 
-template <class A, class T>
-static inline void narrow(int64_t rows, int64_t columns, const A* x, int64_t stride, T* y,
-                          int64_t y_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t p = 0; p < columns; ++p) store(x[i * stride + p], y[i * y_stride + p]);
-  }
-}
-
 template <class A>
 static inline void add_row(int64_t n, const A* x, int64_t column, A* y) {
   if (column == 1) {

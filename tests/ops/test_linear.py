@@ -1,4 +1,4 @@
-"""linear_jvp: 16-bit operands on a CPU without 16-bit products, and patch embeddings."""
+"""linear_jvp: backends against torch in float64, 16-bit operands, and patch embeddings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from torch import Tensor
 from truth import units
 
 from tangentfast.ops import linear
-from tangentfast.ops.linear import linear_jvp
+from tangentfast.ops.backend import load_native
+from tangentfast.ops.linear import linear_jvp, reference
 from tangentfast.ops.linear.patches import is_patches, patches_jvp
 
+NATIVE = load_native()[0] is not None
+native_only = pytest.mark.skipif(not NATIVE, reason="no native extension")
+BACKENDS = ["reference", pytest.param("native", marks=native_only)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SMALL = {torch.float64: 100.0, torch.float32: 100.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
-@pytest.fixture(params=[False, True], ids=["widened", "torch"])
+
+@pytest.fixture(params=[False, True], ids=["emulated", "has_products"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kinds of machine."""
-    monkeypatch.setattr(linear, "_has_products", lambda dtype: request.param)
+    monkeypatch.setattr(reference, "_has_products", lambda dtype: request.param)
 
 
 def draw(*shape: int) -> Tensor:
@@ -26,44 +33,134 @@ def draw(*shape: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_sixteen_bits(dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("size", [(4, 3, 33, 9), (1, 1, 1, 1), (2, 130, 300, 200)])
+def test_truth(size: tuple[int, ...], bias: bool, dtype: torch.dtype, backend: str) -> None:
     """Outputs, tangents and gradients are within a few roundings of the float64 truth."""
-    operands = [draw(4, 3, 33).to(dtype), draw(9, 33).to(dtype)] + [draw(9).to(dtype)] * bias
+    n, t, d, e = size
+    operands = [draw(n, t, d).to(dtype), draw(e, d).to(dtype)] + [draw(e).to(dtype)] * bias
     rows: list[Any] = [tuple(draw(*t.shape).to(dtype) for t in operands)]
     rows = [(*row, None)[:3] for row in rows]
-    rows += [(rows[0][0], None, None), (None, rows[0][1], rows[0][2]), None]
-    weight = draw(4, 3, 9).to(dtype)
+    rows += [(rows[0][0], None, None), (None, rows[0][1], rows[0][2]), None, (None, None, None)]
+    weight = draw(n, t, e).to(dtype)
 
-    def results(convert: Any) -> list[Tensor]:
+    def results(convert: Any, backend: str) -> list[Tensor]:
         given = [convert(t).requires_grad_() for t in operands]
         tangents = [row and tuple(t if t is None else convert(t) for t in row) for row in rows]
         x, w, b = (*given, None)[:3]
-        y, dys = linear_jvp(x.transpose(0, 1), w, b, [_turned(r) for r in tangents])
-        assert dys[3] is None
+        turned = [_turned(row) for row in tangents]
+        y, dys = linear_jvp(x.transpose(0, 1), w, b, turned, backend=backend)
+        assert dys[3] is dys[4] is None
         assert not any(dy.requires_grad for dy in dys[:3])
         grads = torch.autograd.grad(y, given, convert(weight).transpose(0, 1))
         return [y, *dys[:3], *grads]
 
-    for got, exact in zip(
-        results(lambda t: t.detach().clone()), results(Tensor.double), strict=True
-    ):
-        assert got.dtype == dtype
-        assert units(got, exact, dtype) <= 2
+    got = results(lambda t: t.detach().clone(), backend)
+    for own, exact in zip(got, results(Tensor.double, "reference"), strict=True):
+        assert own.dtype == dtype
+        assert units(own, exact, dtype) <= SMALL[dtype]
 
 
 def _turned(row: Any) -> Any:
     return row and (None if row[0] is None else row[0].transpose(0, 1), *row[1:])
 
 
-def test_widened_saves_sixteen_bits() -> None:
-    """Memory: nothing that is kept for the backward is in float32."""
-    kept = []
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_calls(backend: str) -> None:
+    """What the kernel was not written for is computed all the same."""
+    x, w = draw(5, 7), draw(3, 7)
+    for given, wanted in [
+        ((draw(7), draw(7)), ()),  # a weight that is a vector
+        ((draw(7), w), (3,)),
+        ((x[:0], w), (0, 3)),
+        ((x[:, :0], w[:, :0]), (5, 3)),
+        ((x.t()[:5, : 7 - 2], draw(3, 5)), (5, 3)),
+        ((x.expand(2, 4, 5, 7), w), (2, 4, 5, 3)),
+    ]:
+        y, (dy,) = linear_jvp(*given, None, [(given[0], given[1], None)], backend=backend)
+        assert y.shape == dy.shape == wanted  # type: ignore[union-attr]
+        assert units([y, dy], [F.linear(*given), 2 * F.linear(*given)]) <= 10
+    with torch.autocast("cpu", torch.bfloat16):
+        y, (dy,) = linear_jvp(x, w, None, [(x, w, None)], backend=backend)
+    assert y.dtype == dy.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+@native_only
+def test_second_derivative() -> None:
+    """The native op's gradient can be differentiated once more."""
+    x, w, b = (draw(*s).double().requires_grad_() for s in ((4, 5), (3, 5), (3,)))
+    assert torch.autograd.gradgradcheck(
+        lambda *a: linear_jvp(*a, [], backend="native")[0], (x, w, b)
+    )
+
+
+@native_only
+@pytest.mark.usefixtures("products")
+def test_bits_do_not_depend_on_threads() -> None:
+    x, w = draw(300, 70), draw(130, 70)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(linear_jvp(x, w, None, [(x, w, None)], backend="native"))
+    torch.set_num_threads(before)
+    for y, (dy,) in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(dy, found[0][1][0])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sixteen_bits_are_saved(backend: str) -> None:
+    """Memory: nothing that is kept for the backward is in float32, or a tangent."""
+    kept: list[Tensor] = []
     x, w = draw(8, 16).bfloat16().requires_grad_(), draw(4, 16).bfloat16().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
-        linear_jvp(x, w, None, [(x.detach(), None, None)])
-    assert set(kept) <= {torch.bfloat16}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear_jvp(x, w, None, [(x.detach(), w.detach(), None)], backend=backend)
+    assert len(kept) == 2
+    assert all(k.dtype == torch.bfloat16 for k in kept)
+    assert {k.data_ptr() for k in kept} == {x.data_ptr(), w.data_ptr()}
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native op is taken where it was measured to be faster, and only there."""
+
+    class Machine:
+        def __init__(self, name: str):
+            self.isa = lambda: name
+
+    x, w = draw(2, 40, 128), draw(256, 128)
+    for name, faster in (("avx2", True), ("avx512", False), ("baseline", False)):
+        monkeypatch.setattr(linear, "load_native", lambda name=name: (Machine(name), ""))
+        assert linear._faster(x, w) is faster
+    monkeypatch.setattr(linear, "load_native", lambda: (Machine("avx2"), ""))
+    assert not linear._faster(x[:, :1], w)
+    assert not linear._faster(x, w[:100])
+    assert not linear._faster(x.double(), w.double())
+    monkeypatch.setattr(reference, "_has_products", lambda dtype: False)
+    assert linear._faster(x[:1, :1].half(), w[:1].half())
+
+
+@native_only
+def test_opcheck_and_arguments() -> None:
+    op = torch.ops.tangentfast.products.default
+    a, b = draw(5, 4), draw(4, 3)
+    torch.library.opcheck(op, ([a, a], [b], [None, draw(3)], [0, 0, 0, 1, 1, 0, 1, 0, 0]))
+    assert torch.equal(op([a], [b], [draw(3) * 0 + 2, None], [])[0], torch.full((5, 3), 2.0))
+    for wrong, error, message in [
+        (([], [b], [None], []), ValueError, "lefts has 0 and rights has 1 entries"),
+        (([a[0]], [b], [None], []), ValueError, r"lefts\[0\] has shape \[4\], expected a matrix"),
+        (([a, a[1:]], [b], [None], []), ValueError, r"lefts\[1\] has shape \[4, 4\]"),
+        (([a], [b[1:]], [None], []), ValueError, r"rights\[0\] has shape \[3, 3\], expected 4 row"),
+        (([a], [b.half()], [None], []), TypeError, r"rights\[0\] has dtype Half"),
+        (([a], [b], [b[0, :2]], []), ValueError, r"biases\[0\] has shape \[2\], expected \[3\]"),
+        (([a], [b], [None], [0, 0]), ValueError, "terms has 2 entries, expected triples"),
+        (([a], [b], [None], [0, 1, 0]), ValueError, r"terms holds \(0, 1, 0\), expected indices"),
+    ]:
+        with pytest.raises(error, match=message):
+            op(*wrong)
 
 
 @pytest.mark.usefixtures("products")

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from tangentfast.ops.attention import reference
 from tangentfast.ops.attention.reference import Row
-from tangentfast.ops.backend import choose, load_native
+from tangentfast.ops.backend import choose, load_native, ordinary
 
 __all__ = ["attention_jvp"]
 
@@ -75,7 +75,7 @@ def attention_jvp(
 
 
 def _regular(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) -> bool:
-    """Whether the operands are what the kernel was written for, judged by shape and dtype."""
+    """Whether the operands are what the kernel was written for, judged by shape and type."""
     heads = q.shape[-3:-2] if q.dim() > 2 else None
     return (
         2 < q.dim() == k.dim() == v.dim()
@@ -85,6 +85,7 @@ def _regular(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) ->
         and 0 not in (q.numel(), k.numel(), v.numel())
         and (mask is None or mask.dtype in (torch.bool, q.dtype, torch.float32))
         and (mask is None or mask.dim() <= q.dim())
+        and ordinary(q, k, v, mask)
     )
 
 
