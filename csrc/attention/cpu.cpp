@@ -100,10 +100,14 @@ class Arguments {
   std::vector<at::Tensor> kept_;
 };
 
-// [N, H, rows, columns], laid out as torch's own kernel does: joining the heads again is free.
+// [N, H, rows, columns] with the heads beside each other, and batch and rows in the order of `like`:
+// joining the heads again is free, in batch-first and in sequence-first models.
 at::Tensor heads_inside(const at::Tensor& like, int64_t columns) {
-  return at::empty({like.size(0), like.size(2), like.size(1), columns}, like.options())
-      .transpose(1, 2);
+  const int64_t batch = like.size(0), heads = like.size(1), rows = like.size(2);
+  if (like.stride(0) < like.stride(2) && batch > 1) {
+    return at::empty({rows, batch, heads, columns}, like.options()).permute({1, 2, 0, 3});
+  }
+  return at::empty({batch, rows, heads, columns}, like.options()).transpose(1, 2);
 }
 
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(

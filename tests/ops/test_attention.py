@@ -207,6 +207,9 @@ def test_opcheck_and_arguments() -> None:
     mask = torch.randn(2, 4, 5, 6)
     rest = [[q], [None], [v], [None], True]
     torch.library.opcheck(op.default, (q, k, v, mask, False, 0.5, *rest))
+    first = torch.randn(5, 2, 4, 8).permute(1, 2, 0, 3)  # sequence first: the output is, too
+    torch.library.opcheck(op.default, (first, k, v, mask, False, 0.5, *rest))
+    assert op(first, k, v, mask, False, 0.5, *rest)[0].permute(2, 0, 1, 3).is_contiguous()
     for wrong, error, message in [
         ((q[0], k, v, None), ValueError, "q, k, v have 3, 4, 4 dimensions, expected 4"),
         (

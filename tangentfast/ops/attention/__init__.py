@@ -185,6 +185,14 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _heads_inside(like: Tensor, columns: int) -> Tensor:
+    """An output of the kernels: as csrc/attention/cpu.cpp lays it out."""
+    n, h, t, _ = like.shape
+    if like.stride(0) < like.stride(2) and n > 1:
+        return like.new_empty(t, n, h, columns).permute(1, 2, 0, 3)
+    return like.new_empty(n, t, h, columns).transpose(1, 2)
+
+
 def _register_fake() -> None:
     """Shapes without data, for torch.compile and opcheck."""
 
@@ -196,7 +204,7 @@ def _register_fake() -> None:
         n, h, t, _d = q.shape
 
         def output() -> Tensor:
-            return q.new_empty(n, t, h, v.shape[-1]).transpose(1, 2)
+            return _heads_inside(q, v.shape[-1])
 
         if not primal:
             return q.new_empty(0), q.new_empty(0, dtype=_wide(q)), [output() for _ in dq]
@@ -208,11 +216,7 @@ def _register_fake() -> None:
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
         mask: Tensor | None, causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        def like(x: Tensor) -> Tensor:
-            n, h, t, d = x.shape
-            return x.new_empty(n, t, h, d).transpose(1, 2)
-
-        return like(q), like(k), like(v)
+        return tuple(_heads_inside(x, x.shape[-1]) for x in (q, k, v))  # type: ignore[return-value]
 
 
 if load_native()[0] is not None:

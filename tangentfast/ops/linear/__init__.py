@@ -112,7 +112,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[Any]
     ) -> tuple[Tensor, ...]:
         """(y, *dys), of x [M, D] and rows with a dx or a dweight."""
-        ctx.save_for_backward(x, weight)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         lefts, rights, biases, terms = [x], [weight.t()], [bias], [0, 0, 0]
         for dx, dweight, dbias in rows:
             if dx is not None:

@@ -81,7 +81,8 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y."""
-        ctx.save_for_backward(x, weight)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         wide = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), wide).to(x.dtype)
 
@@ -92,7 +93,7 @@ class _Wide(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs, wide = ctx.needs_input_grad, grad.float()
         return (
-            (wide @ weight.float()).to(x.dtype) if needs[0] else None,
-            (wide.t() @ x.float()).to(x.dtype) if needs[1] else None,
-            wide.sum(0).to(x.dtype) if needs[2] else None,
+            (wide @ weight.float()).to(grad.dtype) if needs[0] else None,
+            (wide.t() @ x.float()).to(grad.dtype) if needs[1] else None,
+            wide.sum(0).to(grad.dtype) if needs[2] else None,
         )
