@@ -24,7 +24,7 @@ from tangentfast.merge import gram, merge_
 from tangentfast.ops.backend import native_problem
 
 COUNTS = [1, 2, 4, 8, 16]
-N = 24_000 if SMOKE else 16_000_000 if DEVICE.type == "cpu" else 300_000_000
+N = 24_000 if SMOKE else 32_000_000 if DEVICE.type == "cpu" else 300_000_000
 PARTS = 120  # tensors of a model
 ALPHA = 0.1
 STREAM = N * 4.0  # bytes

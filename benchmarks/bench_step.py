@@ -120,7 +120,7 @@ def test_adamw(benchmark: Any) -> None:
         benchmark,
         steps,
         moved,
-        seconds=20,
+        seconds=30,
         optimizer="AdamW",
         **facts(name, dtype, batch, wanted),
     )

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from bars import BARS
-from readings import CEILING, Comparison, Run, slope
+from readings import CEILING, COPIES, Comparison, Run, slope
 from regimes import ATTENTION, COMPILED, ORDINARY, OURS, OURS_ATTENTION, PUBLISHED
 
 LABELS = {
@@ -73,7 +73,11 @@ def page(run: Run, figures: Sequence[str]) -> str:
     for title, text in sections:
         body = "".join(text)
         if body:
-            anchor = [f"![{title}](figures/{name})\n\n" for name in pictures if _goes(name, title)]
+            anchor = [
+                f"![Chart: {name.partition('-')[2].partition('.')[0]}](figures/{name})\n\n"
+                for name in pictures
+                if _goes(name, title)
+            ]
             parts.append(f"## {title}\n\n" + "".join(anchor) + body.rstrip("\n") + "\n")
     return "\n".join(parts)
 
@@ -144,9 +148,10 @@ def _steps(run: Run) -> Iterator[str]:
     if not found:
         return
     yield prose(
-        """Forward, loss, backward; τ small and random. The floor of the matrix products alone is
-        1.67 × the ordinary step for all parameters, 1.22 × for attention's four linear layers.
-        Peak memory is what a step needs beyond weights, τ and gradients
+        """Forward, loss, backward; τ small and random. Counted in FLOPs of matrix products, a
+        linearized step is 1.67 × the ordinary one for all parameters, 1.22 × for attention's four
+        linear layers; it takes less where linear_jvp is faster than torch's products. Peak memory
+        is what a step needs beyond weights, τ and gradients
         ([benchmarks/memory.py](../benchmarks/memory.py))."""
     )
     for step in found:
@@ -255,8 +260,9 @@ def _merges(run: Run) -> Iterator[str]:
         yield prose(
             f"""`merge_` of K vectors of {facts["N"] / 1e6:.3g} M {facts["dtype"]} numbers in
             {facts["tensors"]} tensors. Counted: K + 2 streams, each vector and the base read once
-            and the base written once. The ceiling is the best of the passes over memory in the same
-            rounds (copy, memcpy, in-place axpy, read alone); a write-allocate is not counted."""
+            and the base written once. The ceilings are the best copy of the same rounds (``copy_``,
+            memcpy), and the best of all passes over memory (in-place axpy and reading alone,
+            besides); a write-allocate is not counted."""
         )
         rows = [
             [
@@ -264,12 +270,13 @@ def _merges(run: Run) -> Iterator[str]:
                 *(number(c.times(name, "tangentfast")) for name in others),
                 duration(c.seconds("tangentfast")),
                 f"{number(c.rate('tangentfast') / 1e9)} GB/s",
+                percent(c.share("tangentfast", *COPIES)),
                 percent(c.share("tangentfast")),
             ]
             for c in found
         ]
-        header = ["K", *(f"× faster than {name}" for name in others)]
-        yield table([*header, "time", "rate", "share of the ceiling"], rows)
+        header = ["K", *(f"× faster than {name}" for name in others), "time", "rate"]
+        yield table([*header, "share of the copy ceiling", "of the best pass"], rows)
     product = run.first("gram")
     if product is not None:
         rate = number(product.rate("tangentfast") / 1e9)

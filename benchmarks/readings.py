@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CEILING = "ceiling: "
+COPIES = ("copy_", "memcpy")
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,12 @@ class Comparison:
         """Bytes or FLOPs per second, median over rounds."""
         return statistics.median(self._rates(variant))
 
-    def share(self, variant: str) -> float:
-        """Rate over the best ceiling of the same round, median over rounds."""
-        ceilings = [self._rates(name) for name in self.variants if name.startswith(CEILING)]
-        best = [max(rates) for rates in zip(*ceilings, strict=True)]
+    def share(self, variant: str, *ceilings: str) -> float:
+        """Rate over the best ceiling (of those named) of the same round, median over rounds."""
+        names = [CEILING + name for name in ceilings]
+        names = names or [name for name in self.variants if name.startswith(CEILING)]
+        rows = [self._rates(name) for name in names if name in self.variants]
+        best = [max(rates) for rates in zip(*rows, strict=True)]
         pairs = zip(self._rates(variant), best, strict=True)
         return statistics.median(rate / top for rate, top in pairs)
 
