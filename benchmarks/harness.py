@@ -49,7 +49,7 @@ def compare(
 
     The first round gives the results for `check`, which raises where they differ, and its times:
     as many rounds follow as fit into `seconds`, at most `rounds`. Where the first round was slow it
-    is one of those.
+    is one of those, and a variant that took more than half of it is not run again.
 
     Args:
         benchmark: pytest-benchmark's fixture; its own time is that of the whole comparison.
@@ -61,20 +61,20 @@ def compare(
     """
 
     def measure() -> dict[str, list[float]]:
-        results, samples = {}, {}
+        results, first = {}, {}
         for name, run in variants.items():
-            took, results[name] = timed(run)
-            samples[name] = [took]
+            first[name], results[name] = timed(run)
         check(results)
         results.clear()
-        first = sum(took[0] for took in samples.values())
-        count = 1 if SMOKE else max(1, min(rounds, int(seconds / first)))
-        calls = {n: max(1, math.ceil(SHORTEST / took[0])) for n, took in samples.items()}
-        if first < SLOW:
-            samples = {name: [] for name in variants}
-        for r in range(count - (first >= SLOW)):
-            order = list(variants) if r % 2 == 0 else list(variants)[::-1]
-            for name in order:
+        total = sum(first.values())
+        slow = total >= SLOW
+        samples = {name: [took] if slow else [] for name, took in first.items()}
+        again = [name for name, took in first.items() if not slow or took <= total / 2]
+        calls = {name: max(1, math.ceil(SHORTEST / first[name])) for name in again}
+        left = (seconds - total * slow) / sum(first[name] for name in again)
+        count = 1 if SMOKE else max(not slow, min(rounds - slow, int(left)))
+        for r in range(count):
+            for name in again if r % 2 == 0 else again[::-1]:
                 samples[name].append(timed(variants[name], calls[name])[0])
         return samples
 

@@ -31,9 +31,9 @@ class Comparison:
         return statistics.median(self.variants[variant]["seconds"])
 
     def times(self, variant: str, against: str) -> float:
-        """Time of `variant` over that of `against`: the median over the ratios of rounds."""
+        """Time of `variant` over that of `against`: the median over the rounds that had both."""
         a, b = self.variants[variant]["seconds"], self.variants[against]["seconds"]
-        return statistics.median(x / y for x, y in zip(a, b, strict=True))
+        return statistics.median(x / y for x, y in zip(a, b, strict=False))
 
     def rate(self, variant: str) -> float:
         """Bytes or FLOPs per second, median over rounds."""

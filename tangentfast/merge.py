@@ -90,9 +90,10 @@ def merge_(
     terms: dict[str, list[tuple[Tensor, float]]] = {name: [] for name in target.tensors}
     for k, vector in enumerate(rows):
         used: dict[str, str] = {}  # canonical name -> the name that the vector has it under
+        one = coefficients.same(k)
         for name, tensor in vector.items():
             canonical = target.canonical[name]
-            term = (tensor, coefficients.of(k, name))
+            term = (tensor, coefficients.of(k, name) if one is None else one)
             if canonical not in used:
                 used[canonical] = name
                 terms[canonical].append(term)
@@ -196,7 +197,19 @@ def _check_vector(what: str, vector: Mapping[str, Tensor], target: _Target) -> N
             hint = f"; close names are {', '.join(close)}" if close else ""
             raise ValueError(f"merge_: {what}[{name!r}] is not in the base{hint}")
         own = target.tensors[target.canonical[name]]
-        _check_tensor(f"merge_: {what}[{name!r}]", tensor, own, "base")
+        if not _fits(tensor, own):
+            _check_tensor(f"merge_: {what}[{name!r}]", tensor, own, "base")
+
+
+def _fits(tensor: object, like: Tensor) -> bool:
+    """Whether `_check_tensor` would pass, at a glance: models have hundreds of tensors."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype in FLOATS
+        and tensor.layout is torch.strided
+        and tensor.shape == like.shape
+        and tensor.device == like.device
+    )
 
 
 def _check_tensor(
@@ -271,6 +284,11 @@ class _Coefficients:
                 self.rows.append((f"alphas[{k}]", self._read(entry, f"alphas[{k}]")))
         else:
             self.rows = [("alphas", self._read(alphas, "alphas"))] * count
+
+    def same(self, k: int) -> float | None:
+        """The coefficient of vector k, where it is one for all parameters."""
+        entry = self.rows[k][1] if self.table is None else None
+        return entry if isinstance(entry, float) else None
 
     def of(self, k: int, name: str) -> float:
         """The coefficient of vector k for a parameter."""
