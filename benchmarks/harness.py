@@ -49,7 +49,7 @@ def compare(
 
     The first round gives the results for `check`, which raises where they differ, and its times:
     as many rounds follow as fit into `seconds`, at most `rounds`. Where the first round was slow it
-    is one of those, and a variant that took more than half of it is not run again.
+    is one of those, and a third variant that took more than half of it is not run again.
 
     Args:
         benchmark: pytest-benchmark's fixture; its own time is that of the whole comparison.
@@ -69,7 +69,8 @@ def compare(
         total = sum(first.values())
         slow = total >= SLOW
         samples = {name: [took] if slow else [] for name, took in first.items()}
-        again = [name for name, took in first.items() if not slow or took <= total / 2]
+        dear = total / 2 if slow and len(variants) > 2 else math.inf
+        again = [name for name, took in first.items() if took <= dear]
         calls = {name: max(1, math.ceil(SHORTEST / first[name])) for name in again}
         left = (seconds - total * slow) / sum(first[name] for name in again)
         count = 1 if SMOKE else max(not slow, min(rounds - slow, int(left)))
