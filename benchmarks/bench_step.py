@@ -130,7 +130,7 @@ def test_adamw(benchmark: Any) -> None:
         benchmark,
         warm(steps),
         moved,
-        seconds=30,
+        seconds=24,
         optimizer="AdamW",
         **facts(name, dtype, batch, wanted),
     )
