@@ -49,7 +49,8 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
     primal = theta0
     if pass_.recording:
         primal = Anchor.apply(theta0, tau)
-    return make_dual(primal, [tau.detach()] * pass_.k, pass_)  # type: ignore[union-attr]
+    tangent = tau.detach().to(theta0.dtype)  # type: ignore[union-attr]
+    return make_dual(primal, [tangent] * pass_.k, pass_)
 
 
 @cache

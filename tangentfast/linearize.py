@@ -39,9 +39,16 @@ class LinearizedModel(nn.Module):
     base: Base
     selection: str
 
-    def __init__(self, model: nn.Module, names: list[str], selection: str, base: Base):
+    def __init__(
+        self,
+        model: nn.Module,
+        names: list[str],
+        selection: str,
+        base: Base,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.model, sites = _shared_copy(model, names)
+        self.model, sites = _shared_copy(model, names, dtype)
         self.base = base
         self.selection = selection
         self._sites: list[tuple[str, nn.Module, str]] = sites
@@ -177,6 +184,7 @@ def linearize(
     *,
     at: Mapping[str, Tensor] | None = None,
     name: str | None = None,
+    primal_dtype: torch.dtype | None = None,
 ) -> LinearizedModel:
     """Replace a model by its first-order Taylor expansion around its present parameters θ0.
 
@@ -190,6 +198,11 @@ def linearize(
         at: where τ starts instead of zero: a TaskVector or a mapping of parameter names to tensors
             of the parameters' shapes (post-hoc linearization of a fine-tuned model).
         name: how task vectors call this base; the class name of `model` by default.
+        primal_dtype: the floating dtype of θ0, of floating buffers and so of what is computed;
+            τ and its gradients keep the parameters' own. ``torch.bfloat16`` beside float32
+            parameters is mixed precision without autocast: θ0 is cast once, here, and not shared.
+            Inputs are to be given in it. `materialize` gives θ0 as cast, plus τ: add the task
+            vector to the original model instead.
 
     Returns:
         A LinearizedModel. Training and evaluation mode are the model's.
@@ -203,6 +216,8 @@ def linearize(
             f"linearize: expected an ordinary nn.Module, got {type(model).__name__}; "
             "pass the original Python module."
         )
+    if primal_dtype is not None and not primal_dtype.is_floating_point:
+        raise TypeError(f"linearize: primal_dtype is {primal_dtype}, expected a floating one.")
     names = select(model, params)
     named = dict(model.named_parameters())
     start = {} if at is None else dict(at)
@@ -218,7 +233,7 @@ def linearize(
                 f"the parameter has {tuple(named[key].shape)}."
             )
     base = Base(name or type(model).__name__, fingerprint({n: named[n] for n in names}))
-    lin = LinearizedModel(model, names, describe(params), base)
+    lin = LinearizedModel(model, names, describe(params), base, primal_dtype)
     with torch.no_grad():
         for key, tensor in start.items():
             lin.tau[key].copy_(tensor)
@@ -226,17 +241,22 @@ def linearize(
 
 
 def _shared_copy(
-    model: nn.Module, names: list[str]
+    model: nn.Module, names: list[str], dtype: torch.dtype | None
 ) -> tuple[nn.Module, list[tuple[str, nn.Module, str]]]:
-    """The module tree anew, on the same memory: frozen aliases of θ0, and τ beside the trained
-    ones.
+    """The module tree anew, on the same memory unless cast to `dtype`: frozen aliases of θ0, and τ
+    beside the trained ones.
     """
     _check_structure(model, set(names))
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+
+    def cast(t: Tensor) -> Tensor:
+        return t if dtype is None or not t.is_floating_point() else t.to(dtype)
+
+    memo: dict[int, Any] = {id(b): cast(b) for b in model.buffers()}
     taus: dict[int, nn.Parameter] = {}
     wanted = dict.fromkeys(names)
     for parameter_name, parameter in model.named_parameters():
-        alias = nn.Parameter(parameter.detach(), requires_grad=False)  # shares memory and version
+        # Where nothing is cast it shares memory and version.
+        alias = nn.Parameter(cast(parameter.detach()), requires_grad=False)
         memo[id(parameter)] = alias
         if parameter_name in wanted:
             taus[id(alias)] = nn.Parameter(torch.zeros_like(parameter, requires_grad=False))

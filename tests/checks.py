@@ -56,7 +56,7 @@ def directions(call: Call, active: Sequence[int], seed: int = 0) -> list[Tensor 
     """A random tangent for each leaf of `call` that is in `active`."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
         if i in active
         else None
         for i, x in enumerate(tree_flatten(call)[0])
@@ -187,7 +187,7 @@ def check_adjoint(function: Function, case: Case) -> None:
     if not pairs:
         assert not any(float(b.norm()) for b in floats(dy))
         return
-    us = [torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a, _ in pairs]
+    us = [torch.randn(a.shape, dtype=torch.float64).to(a.device, a.dtype) for a, _ in pairs]
     torch.autograd.backward([a for a, _ in pairs], us)
     left = torch.cat([(b * u).double().flatten() for (_, b), u in zip(pairs, us, strict=True)])
     right = torch.cat(

@@ -187,6 +187,28 @@ def test_autocast(dtype: torch.dtype, x: Tensor) -> None:
     assert (cast - grad).norm() < 16 * eps * grad.norm()
 
 
+def test_primal_dtype(x: Tensor) -> None:
+    """θ0 in bfloat16 beside a float32 τ: the linearized bfloat16 network, gradients in float32."""
+    net, x = Net().eval(), x.bfloat16()
+    lin = at_random(tf.linearize(net, primal_dtype=torch.bfloat16))
+    narrow = copy.deepcopy(net).bfloat16()
+    plain = tf.linearize(narrow, at=lin.task_vector())
+    assert {tau.dtype for tau in lin.parameters()} == {torch.float32}
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    out, expected = lin(x), plain(x)
+    assert torch.equal(out, expected)
+    out.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    for name, tau in lin.tau.items():
+        assert tau.grad is not None
+        assert tau.grad.dtype == torch.float32
+        assert torch.equal(tau.grad.bfloat16(), plain.tau[name].grad)  # type: ignore[arg-type]
+    assert lin.task_vector().base == tf.linearize(net).task_vector().base
+    assert next(iter(lin.materialize().parameters())).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"primal_dtype is torch.int8, expected a floating one"):
+        tf.linearize(net, primal_dtype=torch.int8)
+
+
 def test_outputs_of_any_structure(x: Tensor) -> None:
     class Structured(Net):
         def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:  # type: ignore[override]

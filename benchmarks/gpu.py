@@ -1,0 +1,162 @@
+"""`make gpu`: build, test and measure on a machine with an NVIDIA GPU, in one go.
+
+    python benchmarks/gpu.py [--rehearse] [STAGE ...]
+
+It needs torch with CUDA, nvcc, and no network. Each stage is a process of its own with a limit of
+time, and leaves its log in build/gpu/ and its results even where another fails; those measured are
+gathered in benchmarks/results/<gpu>/ and in docs/benchmarks-gpu.md. A short table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / "build" / "gpu"
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, the seconds it may take, and the program without which it is left out."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
+
+    @property
+    def log(self) -> Path:
+        return LOGS / f"{self.name}.log"
+
+    @property
+    def results(self) -> Path:
+        return LOGS / f"{self.name}.json"
+
+
+def bench(suite: str, seconds: int) -> Stage:
+    """One file of benchmarks."""
+    name = f"bench-{suite}"
+    command = [*PYTEST, f"benchmarks/bench_{suite}.py", "--benchmark-only", "--benchmark-quiet"]
+    command += ["-k", "not compiled", f"--benchmark-json={LOGS / name}.json"]
+    return Stage(name, command, seconds)
+
+
+# 9 minutes at most.
+STAGES = [
+    Stage(
+        "build",
+        # Not pip, which may want the network. egg_info says the version of what lies here.
+        [sys.executable, "setup.py", "-q", "egg_info", "build_ext", "--inplace"],
+        160,
+        {"TANGENTFAST_CUDA": "1", "TANGENTFAST_NATIVE": "1"},
+    ),
+    Stage("test", [*PYTEST, "-m", "gpu"], 130),
+    Stage(
+        "memcheck",
+        ["compute-sanitizer", "--error-exitcode", "9", *PYTEST, "-m", "gpu and memcheck"],
+        50,
+        needs="compute-sanitizer",
+    ),
+    bench("merge", 25),
+    bench("kernels", 40),
+    bench("step", 90),
+    bench("tangents", 25),
+    bench("growth", 20),
+]
+
+
+def run(stage: Stage, environment: dict[str, str]) -> str:
+    """The stage's outcome in a few words; what it printed is in its log."""
+    if stage.needs and not shutil.which(stage.needs):
+        return f"left out: no {stage.needs} here"
+    LOGS.mkdir(parents=True, exist_ok=True)
+    stage.results.unlink(missing_ok=True)
+    own = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    started = time.perf_counter()
+    with stage.log.open("w") as log:
+        try:
+            done = subprocess.run(
+                stage.command, cwd=ROOT, env=own | environment | stage.environment,
+                stdout=log, stderr=subprocess.STDOUT, timeout=stage.seconds, check=False,
+            )  # fmt: skip
+            outcome = "ok" if done.returncode == 0 else f"FAILED with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"STOPPED after its {stage.seconds} s"
+    lines = stage.log.read_text(errors="replace").strip().splitlines()
+    return f"{outcome}, {time.perf_counter() - started:.0f} s; {lines[-1] if lines else ''}"
+
+
+def gather(stages: list[Stage]) -> dict[str, Any] | None:
+    """The results of all stages that left some, as those of one run."""
+    found = [json.loads(s.results.read_text()) for s in stages if s.results.exists()]
+    if not found:
+        return None
+    rest = {
+        "seconds": sum(part["seconds"] for part in found),
+        "benchmarks": [record for part in found for record in part["benchmarks"]],
+    }
+    return {**found[0], **rest}
+
+
+def publish(results: dict[str, Any], root: Path) -> Path:
+    """Write the results and the page made from them; the path of the results."""
+    sys.path.insert(0, str(ROOT))  # tangentfast itself
+    import document
+    import machine
+    from readings import Run
+
+    name = f"{results['date']}-{results['commit']}.json"
+    path = root / "benchmarks" / "results" / machine.slug(results["machine"]) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    document.document(Run.load(path), root)
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build, test and measure on a GPU.")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="without a GPU: GPU tests skip, benchmarks are tiny and publish nothing",
+    )
+    options = parser.parse_args()
+    if unknown := set(options.stages) - set(names):
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+
+    import torch
+
+    if not torch.cuda.is_available() and not options.rehearse:
+        sys.stderr.write("make gpu: no GPU is visible to torch; expected one with CUDA\n")
+        return 2
+    chosen = [s for s in STAGES if not options.stages or s.name in options.stages]
+    environment = {"BENCH_SMOKE": "1"} if options.rehearse else {}
+    outcomes = {}
+    for stage in chosen:
+        outcomes[stage.name] = run(stage, environment)
+        sys.stdout.write(f"{stage.name}: {outcomes[stage.name]}\n")
+        sys.stdout.flush()
+    results = gather(chosen)
+    if results is not None and not options.rehearse:
+        sys.stdout.write(f"{publish(results, ROOT).relative_to(ROOT)}\n")
+    sys.stdout.write("".join(f"{name:16s} {outcome}\n" for name, outcome in outcomes.items()))
+    return int(any("FAILED" in o or "STOPPED" in o for o in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""benchmarks/gpu.py: stages leave their results even where another fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+gpu = pytest.importorskip("gpu")
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    return tmp_path
+
+
+def python(name: str, code: str, **options: Any) -> Any:
+    return gpu.Stage(name, [sys.executable, "-c", code], options.pop("seconds", 60), **options)
+
+
+def test_outcomes() -> None:
+    ok = gpu.run(python("ok", "import os; print(os.environ['A'] + os.environ['B'])",
+                        environment={"A": "x"}), {"B": "y"})  # fmt: skip
+    assert ok.startswith("ok, ")
+    assert ok.endswith("; xy")
+    assert gpu.run(python("bad", "print('why'); exit(3)"), {}).startswith("FAILED with 3, ")
+    assert (gpu.LOGS / "bad.log").read_text() == "why\n"
+    slow = python("slow", "import time; print('in', flush=True); time.sleep(60)", seconds=1)
+    assert gpu.run(slow, {}).startswith("STOPPED after its 1 s")
+    assert (
+        gpu.run(python("no", "", needs="no-such-program"), {})
+        == "left out: no no-such-program here"
+    )
+
+
+def test_results_of_a_failed_stage_are_kept() -> None:
+    part = "import json; json.dump({'seconds': 2, 'benchmarks': [%d]}, open(r'%s', 'w')); exit(%d)"
+    stages = [python(f"s{i}", part % (i, gpu.LOGS / f"s{i}.json", i)) for i in range(2)] + [
+        python("none", "")
+    ]
+    assert [gpu.run(s, {}).partition(",")[0] for s in stages] == ["ok", "FAILED with 1", "ok"]
+    assert gpu.gather(stages) == {"seconds": 4, "benchmarks": [0, 1]}
+    assert gpu.gather(stages[2:]) is None
+    gpu.run(python("s0", "exit(1)"), {})  # an earlier run's results do not pass for a new one's
+    assert gpu.gather(stages[:1]) is None
+
+
+def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "biuld"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no stage biuld; there are build, test, memcheck, bench-merge" in capsys.readouterr().err
+    assert sum(stage.seconds for stage in gpu.STAGES) <= 9 * 60
+
+
+def test_publish(tmp_path: Path) -> None:
+    """What `gather` makes of the suites' files is a run that the page can be made from."""
+    (tmp_path / "README.md").write_text("<!-- benchmarks:begin --><!-- benchmarks:end -->")
+    seconds = {"seconds": [1.0, 2.0]}
+    record = {
+        "name": "alpha_sweep", "suite": "tangents", "took": 1.0,
+        "facts": {"model": "m", "batch": 1, "dtype": "float32", "points": 21, "sampled": 21,
+                  "against": "torch.func.jvp, point by point", "rounds": 2},
+        "variants": {name: seconds for name in (
+            "tangentfast, one pass", "tangentfast, point by point",
+            "torch.func.jvp, point by point")},
+    }  # fmt: skip
+    machine = gpu_machine()
+    path = gpu.publish(
+        {"date": "2026-01-01", "commit": "abc", "smoke": False, "seconds": 3.0,
+         "machine": machine, "benchmarks": [record]}, tmp_path,
+    )  # fmt: skip
+    assert path == tmp_path / "benchmarks/results/nvidia-h200/2026-01-01-abc.json"
+    assert json.loads(path.read_text())["benchmarks"] == [record]
+    page = (tmp_path / "docs/benchmarks-gpu.md").read_text()
+    assert "NVIDIA H200" in page
+    assert "α sweep" in page
+
+
+def gpu_machine() -> dict[str, Any]:
+    import machine
+
+    return machine.describe() | {"gpu": "NVIDIA H200"}
