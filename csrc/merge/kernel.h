@@ -30,6 +30,12 @@ struct Vector {
   Type type;
 };
 
+// Tensors of one shape whose inner products are wanted.
+struct GramRow {
+  size_t first;  // of its vectors
+  int64_t count, numel;
+};
+
 // out[i * count + j] = sum over begin <= n < end of v_i[n] v_j[n] for j <= i, in double and in an
 // order that depends on begin and end alone; the other entries of out stay as they are.
 // scratch: [gram_scratch(count)] doubles.
