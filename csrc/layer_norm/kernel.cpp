@@ -1,7 +1,5 @@
 #include "kernel.h"
 
-#include <cmath>
-
 #include "../isa.h"
 #include "formula.h"
 
@@ -101,31 +99,18 @@ TF_INLINE T* at(void* data, int64_t offset) {
   return static_cast<T*>(data) + offset;
 }
 
-// x^ = (x - near - rest) rstd. The mean is near + rest: near alone is rounded, and where it is much
-// larger than the deviations its rounding error is not small beside them.
-template <class Acc>
-struct Statistics {
-  Acc near, rest, rstd;
-};
-
 template <class Acc>
 TF_INLINE Statistics<Acc> statistics(const Acc* x, int64_t n, bool centered, Acc eps) {
-  Statistics<Acc> s{0, 0, 0};
-  if (centered) s.near = row_sum(x, n) / n;
-  // A second pass corrects the mean of the first: what is left of the sum of the deviations is its
-  // rounding error (Chan, Golub, LeVeque 1983).
-  const Sums<Acc> sums = row_sums<Acc>(Deviations<Acc>{x, s.near}, n);
-  if (centered) s.rest = sums.a / n;
-  const Acc variance = sums.ab / n - s.rest * s.rest;
-  s.rstd = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
-  return s;
+  const Acc near = centered ? row_sum(x, n) / n : 0;
+  const Sums<Acc> sums = row_sums<Acc>(Deviations<Acc>{x, near}, n);
+  return norm_statistics(near, sums.a, sums.ab, n, centered, eps);
 }
 
 template <class T, class Acc>
 TF_INLINE void value_row(const Acc* x, const Statistics<Acc>& s, const Acc* w, const Acc* b,
                          int64_t n, Acc* __restrict x_hat, T* __restrict y) {
   for (int64_t i = 0; i < n; ++i) {
-    x_hat[i] = ((x[i] - s.near) - s.rest) * s.rstd;
+    x_hat[i] = normalized(x[i], s);
     store(norm_value(x_hat[i], w[i], b[i]), y[i]);
   }
 }
@@ -135,8 +120,8 @@ TF_INLINE void tangent_row(const Acc* dx, Acc mean_dx, Acc along, const Acc* x_h
                            const Acc* w, const Acc* dw, const Acc* db, int64_t n,
                            T* __restrict dy) {
   for (int64_t i = 0; i < n; ++i) {
-    store(norm_tangent<terms>(terms & kFromInput ? dx[i] : 0, mean_dx, along, x_hat[i], rstd, w[i],
-                              terms & kFromWeight ? dw[i] : 0, terms & kFromBias ? db[i] : 0),
+    store(norm_tangent(terms, terms & kFromInput ? dx[i] : 0, mean_dx, along, x_hat[i], rstd, w[i],
+                       terms & kFromWeight ? dw[i] : 0, terms & kFromBias ? db[i] : 0),
           dy[i]);
   }
 }

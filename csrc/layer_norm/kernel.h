@@ -7,8 +7,8 @@
 
 namespace tangentfast {
 
-// Rows are contiguous and stored as `NormItem::type`; weights and statistics are double when that
-// is f64 and float otherwise.
+// Rows are contiguous and stored as `NormItem::type`; statistics are double when that is f64 and
+// float otherwise.
 struct NormTangent {
   const void* dx;         // [rows, size] or null
   const void* dresidual;  // [rows, size] or null; needs dx
@@ -20,13 +20,14 @@ struct NormTangent {
 
 struct NormItem {
   Type type;
+  Type weights;   // of weight, bias, dweight, dbias: as statistics, or on a GPU as `type`
   bool centered;  // layer norm; RMS norm otherwise
   int64_t size;
   double eps;
   const void* x;         // [rows, size]
   const void* residual;  // [rows, size] or null
-  const void* weight;    // [size], ones where the layer has none
-  const void* bias;      // [size], zeros where the layer has none
+  const void* weight;    // [size], ones where the layer has none; null on a GPU
+  const void* bias;      // [size], zeros where the layer has none; null on a GPU
   void* sum;             // [rows, size]: x + residual, which is then normalised
   void* y;               // [rows, size]
   void* mean;            // [rows], null for RMS norm
