@@ -1,0 +1,12 @@
+// The launch of an activation: no torch, no allocation, no waiting.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernel.h"
+
+namespace tangentfast {
+
+void activation_jvp_launch(const ActivationItem& item, int64_t numel, cudaStream_t stream);
+
+}  // namespace tangentfast
