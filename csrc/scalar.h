@@ -18,6 +18,10 @@ namespace tangentfast {
 
 enum class Type : int32_t { f64, f32, f16, bf16 };
 
+inline int size_of(Type type) {
+  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
+}
+
 struct Half {
   uint16_t bits;
 };

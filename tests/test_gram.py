@@ -21,7 +21,7 @@ def dense(vectors: list[dict[str, Tensor]], names: list[str], shapes: dict[str, 
     rows = [
         torch.cat(
             [
-                v[n].double().reshape(-1) if n in v else torch.zeros(shapes[n]).reshape(-1)
+                v[n].cpu().double().reshape(-1) if n in v else torch.zeros(shapes[n]).reshape(-1)
                 for n in names
             ]
         )
@@ -38,7 +38,9 @@ def dense(vectors: list[dict[str, Tensor]], names: list[str], shapes: dict[str, 
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_truth(backend: str, seed: int, count: int, present: int, data: st.DataObject) -> None:
+def test_truth(
+    backend: str, device: torch.device, seed: int, count: int, present: int, data: st.DataObject
+) -> None:
     """Small integers: products and sums are exact, so every order gives the same number."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"a": (37, 29), "b": (), "c": (0, 3)}
@@ -48,20 +50,20 @@ def test_truth(backend: str, seed: int, count: int, present: int, data: st.DataO
         for i, (name, shape) in enumerate(shapes.items()):
             if present >> (3 * k + i) & 1:
                 values = torch.randint(-9, 10, shape, generator=generator)
-                values = values.to(data.draw(st.sampled_from(DTYPES)))
+                values = values.to(device, data.draw(st.sampled_from(DTYPES)))
                 if data.draw(st.booleans()) and values.dim() == 2:
                     values = values.T.contiguous().T
                 vectors[k][name] = values
     matrix = dense(vectors, list(shapes), shapes)
-    assert torch.equal(gram(vectors, backend=backend), matrix @ matrix.T)
+    assert torch.equal(gram(vectors, backend=backend).cpu(), matrix @ matrix.T)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_accumulates_in_float64(backend: str) -> None:
+def test_accumulates_in_float64(backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    vectors = [{"a": torch.randn(1_000_003)} for _ in range(3)]
+    vectors = [{"a": torch.randn(1_000_003).to(device)} for _ in range(3)]
     matrix = dense(vectors, ["a"], {})
-    error = (gram(vectors, backend=backend) - matrix @ matrix.T).abs().max()
+    error = (gram(vectors, backend=backend).cpu() - matrix @ matrix.T).abs().max()
     assert error <= 1e-12 * 1_000_003
 
 

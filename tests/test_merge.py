@@ -63,7 +63,9 @@ layouts = st.sampled_from(["contiguous", "transposed", "strided"])
 
 
 @st.composite
-def merges(draw: st.DrawFn) -> tuple[list[Tensor], list[list[Tensor]], list[float]]:
+def merges(
+    draw: st.DrawFn, device: torch.device | None = None
+) -> tuple[list[Tensor], list[list[Tensor]], list[float]]:
     """Bases in any dtype and layout, K vectors for each in any other, and K coefficients."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     count = draw(st.integers(0, 9))
@@ -74,7 +76,7 @@ def merges(draw: st.DrawFn) -> tuple[list[Tensor], list[list[Tensor]], list[floa
 
         def tensor(shape: tuple[int, ...] = shape) -> Tensor:
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
-            return in_layout(values.to(draw(st.sampled_from(DTYPES))), draw(layouts))
+            return in_layout(values.to(device, draw(st.sampled_from(DTYPES))), draw(layouts))
 
         bases.append(tensor())
         rows.append([tensor() for _ in range(count)])
@@ -82,10 +84,10 @@ def merges(draw: st.DrawFn) -> tuple[list[Tensor], list[list[Tensor]], list[floa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(case=merges())
+@given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_truth(backend: str, case: tuple[list[Tensor], list[list[Tensor]], list[float]]) -> None:
-    bases, rows, alphas = case
+def test_truth(backend: str, device: torch.device, data: st.DataObject) -> None:
+    bases, rows, alphas = data.draw(merges(device))
     names = [f"p{i}" for i in range(len(bases))]
     expected = [truth(b, row, alphas) for b, row in zip(bases, rows, strict=True)]
     vectors = [{n: row[k] for n, row in zip(names, rows, strict=True)} for k in range(len(alphas))]
@@ -94,6 +96,34 @@ def test_truth(backend: str, case: tuple[list[Tensor], list[list[Tensor]], list[
     for base, stride, (value, bound) in zip(merged.values(), strides, expected, strict=True):
         assert base.stride() == stride
         assert ((base.double() - value).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_devices_give_the_same_bits(dtype: torch.dtype, offset: int) -> None:
+    """Many tensors, of every alignment, in several launches."""
+    torch.manual_seed(0)
+    sizes = [1, 7, 8, 4097, 16384, 16385, 40001, *range(9, 400)]
+
+    def tensors() -> dict[str, Tensor]:
+        return {
+            str(n): torch.randn(n + offset).to(dtype if n % 5 else DTYPES[n % 4])[offset:]
+            for n in sizes
+        }
+
+    base, vectors = tensors(), [tensors() for _ in range(9)]
+    there = {n: t.cuda() for n, t in base.items()}
+    # .cuda() would align the views
+    moved = [
+        {n: torch.cat([t.new_zeros(offset), t]).cuda()[offset:] for n, t in v.items()}
+        for v in vectors
+    ]
+    merge_(base, vectors, 0.3, backend="native")
+    merge_(there, moved, 0.3, backend="native")
+    for name, tensor in base.items():
+        assert same_bits(tensor, there[name].cpu())
 
 
 @native_only

@@ -3,6 +3,7 @@
 #include "../cuda/launch.h"
 #include "../cuda/memory.h"
 #include "formula.h"
+#include "packs.h"
 
 namespace tangentfast {
 namespace {
@@ -15,9 +16,6 @@ struct ActivationLaunch {
   ActivationTangent tangents[kTangents];
   int64_t begin, end;  // of all elements
 };
-
-template <class T> struct Accumulator { using type = float; };
-template <> struct Accumulator<double> { using type = double; };
 
 template <int n, class T, class Acc>
 __device__ __forceinline__ void numbers_at(const Rows& rows, int64_t row, int64_t column,
@@ -112,27 +110,6 @@ void launch_kind(ActivationLaunch& launch, int64_t whole, int64_t numel, cudaStr
     TF_KIND(Activation::sigmoid)
   }
 #undef TF_KIND
-}
-
-// How many elements from the first on can be read 16 bytes at a time.
-int64_t whole_packs(const ActivationItem& item, int64_t numel) {
-  const int size = item.type == Type::f64 ? 8 : item.type == Type::f32 ? 4 : 2;
-  uintptr_t low = reinterpret_cast<uintptr_t>(item.y);  // low bits of addresses and steps, together
-  const auto note = [&](const ActivationInput& input) {
-    for (const Rows& rows : {input.x, input.bias, input.gate, input.gate_bias}) {
-      low |= reinterpret_cast<uintptr_t>(rows.data);
-      if (item.columns != numel) low |= static_cast<uintptr_t>(rows.stride * size);
-    }
-  };
-  note(item.in);
-  for (int64_t k = 0; k < item.count; ++k) {
-    note(item.tangents[k].of);
-    low |= reinterpret_cast<uintptr_t>(item.tangents[k].dy);
-  }
-  const int pack = 16 / size;
-  if (low % 16) return 0;
-  if (item.columns == numel) return numel / pack * pack;
-  return item.columns % pack ? 0 : numel;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "activation/packs.h"
 #include "isa.h"
 #include "testing.h"
 #include "testing_array.h"
@@ -146,7 +147,36 @@ void check_kind() {
   check_ends<kind, double>();
 }
 
+// How far the GPU may read 16 bytes at a time, by addresses, steps and sizes.
+void check_packs() {
+  const auto rows = [](uintptr_t at, int64_t stride) {
+    return Rows{reinterpret_cast<const void*>(at), stride};
+  };
+  ActivationItem item{};
+  item.type = Type::bf16;
+  item.y = reinterpret_cast<void*>(uintptr_t{64});
+  const auto packs = [&](int64_t columns, int64_t numel, Rows x, Rows bias, int64_t want) {
+    item.columns = columns;
+    item.in.x = x;
+    item.in.bias = bias;
+    const int64_t got = whole_packs(item, numel);
+    CHECK(got == want, "%d of %d elements in packs, expected %d", int(got), int(numel), int(want));
+  };
+  packs(24, 72, rows(32, 24), rows(0, 0), 72);
+  packs(24, 72, rows(32, 32), rows(16, 0), 72);
+  packs(24, 72, rows(34, 24), rows(0, 0), 0);   // x is not aligned
+  packs(24, 72, rows(32, 24), rows(18, 0), 0);  // the bias is not
+  packs(24, 72, rows(32, 25), rows(0, 0), 0);   // the second row is not
+  packs(25, 75, rows(32, 32), rows(0, 0), 0);   // a pack would reach over the end of a row
+  packs(75, 75, rows(32, 75), rows(0, 0), 72);  // one row: all but the tail
+  ActivationTangent tangent{{rows(32, 75), {}, {}, {}}, reinterpret_cast<void*>(uintptr_t{66})};
+  item.tangents = &tangent;
+  item.count = 1;
+  packs(75, 75, rows(32, 75), rows(0, 0), 0);  // dy is not aligned
+}
+
 int main() {
+  check_packs();
   std::printf("isa: %s\n", isa_name());
   check_kind<Activation::gelu>();
   check_kind<Activation::gelu_tanh>();

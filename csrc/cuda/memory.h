@@ -1,4 +1,4 @@
-// Loads and stores of several numbers at once, in device code.
+// Numbers in device memory: several to an access, and the type that they are computed in.
 #pragma once
 
 #include "../scalar.h"
@@ -38,5 +38,8 @@ __device__ __forceinline__ void store_pack(const Pack<T, n>& pack, T* data) {
 
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
+
+template <class T> struct Accumulator { using type = float; };
+template <> struct Accumulator<double> { using type = double; };
 
 }  // namespace tangentfast

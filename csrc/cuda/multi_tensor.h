@@ -15,10 +15,6 @@ namespace tangentfast {
 constexpr size_t kParameterBytes = 32764;
 constexpr int kAccessBytes = 16;  // the widest load of a thread
 
-inline int size_of(Type type) {
-  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
-}
-
 // The first element, of `width`, from which on all of an item's tensors can be read `width` elements
 // at a time; -1 where their alignments differ.
 template <class Addresses>

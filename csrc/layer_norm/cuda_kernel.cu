@@ -20,9 +20,6 @@ struct NormLaunch {
   int64_t rows;
 };
 
-template <class T> struct Accumulator { using type = float; };
-template <> struct Accumulator<double> { using type = double; };
-
 template <class Acc>
 struct Sums {
   Acc a, b;
@@ -283,7 +280,7 @@ void norm_jvp_launch(const NormItem& item, int64_t rows, cudaStream_t stream) {
     const NormTangent& t = item.tangents[k];
     note(t.dx, t.dresidual, t.dweight, t.dbias, t.dsum, t.dy);
   }
-  const int size = item.type == Type::f64 ? 8 : item.type == Type::f32 ? 4 : 2;
+  const int size = size_of(item.type);
   const bool aligned = addresses % 16 == 0 && item.size * size % 16 == 0;
   int64_t next = 0;
   do {  // more tangents than a launch takes need another, which writes y again

@@ -32,11 +32,15 @@ KINDS: dict[str, Any] = {
 Primals = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def tensors(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+def tensors(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: torch.device | None = None
+) -> list[Tensor]:
     """x, bias, gate, gate_bias, or tangents of them."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [shape, shape[-1:], shape, shape[-1:]]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in sizes
+    ]
 
 
 def plain(kind: str, x: Tensor, bias: Any, gate: Any, gate_bias: Any) -> Tensor:
@@ -67,11 +71,13 @@ PRESENT = [mix for mix in PRESENT if mix[2] or not mix[3]]  # no gate_bias witho
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 1), (2, 7), (63,), (2, 5, 768), (1000,)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_truth(kind: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+def test_truth(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
     """Every mix of arguments, of their tangents, alone and as rows of one call."""
     for present in PRESENT:
-        primals = picked(tensors(shape, dtype), present)
-        moving = tensors(shape, dtype, seed=1)
+        primals = picked(tensors(shape, dtype, device=device), present)
+        moving = tensors(shape, dtype, 1, device)
         mixes = itertools.product(*([False, True] if p else [False] for p in present))
         rows: list[Any] = [picked(moving, mix) for mix in mixes if any(mix)]
         y, dys = run(kind, primals, [None, *rows, None], backend)
@@ -203,6 +209,32 @@ def test_nothing_of_the_tangent_stays(backend: str) -> None:
     assert [t() for t in alive] == [None] * 5
     y.sum().backward()
     assert all(t.grad is not None for t in primals)
+
+
+@native_only
+def test_many_tangents(device: torch.device) -> None:
+    """What a tangent is does not depend on its company, of more than one launch on a GPU."""
+    primals = tensors((5, 72), torch.float32, device=device)
+    rows = [tuple(tensors((5, 72), torch.float32, seed + 1, device)) for seed in range(35)]
+    y, dys = run("gelu", primals, rows, "native")
+    for row, dy in zip(rows, dys, strict=True):
+        alone, (dalone,) = run("gelu", primals, [row], "native")
+        assert torch.equal(y, alone)
+        assert torch.equal(dy, dalone)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    """Aligned, with a tail, and with rows at odd steps."""
+    for shape in ((3, 64), (1001,), (5, 63)):
+        primals, row = tensors(shape, dtype), tensors(shape, dtype, 1)
+        here = run(kind, primals, [tuple(row)], "native")
+        there = run(kind, [t.cuda() for t in primals], [tuple(t.cuda() for t in row)], "native")
+        assert torch.equal(here[0], there[0].cpu())
+        assert torch.equal(here[1][0], there[1][0].cpu())  # type: ignore[arg-type, union-attr]
 
 
 @native_only

@@ -21,14 +21,23 @@ BACKENDS = ["reference", "native"] if load_native()[0] is not None else ["refere
 native_only = pytest.mark.skipif(BACKENDS == ["reference"], reason="no native extension")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [((3, 1), 1), ((2, 7), 1), ((3, 63), 1), ((2, 5, 768), 1), ((2, 1000), 1), ((4, 3, 5), 2)]
+SHAPES += [((2, n), 1) for n in (1536, 3072, 5000)]  # rows of a block on a GPU, and longer
 EPS = 1e-5
 
 
-def tensors(shape: tuple[int, ...], dims: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+def tensors(
+    shape: tuple[int, ...],
+    dims: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> list[Tensor]:
     """x, residual, weight, bias."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [shape, shape, shape[-dims:], shape[-dims:]]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in sizes
+    ]
 
 
 def run(
@@ -57,12 +66,17 @@ def doubled(ts: Any) -> list[Any]:
 @pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_truth(
-    norm: str, shape: tuple[int, ...], dims: int, dtype: torch.dtype, backend: str
+    norm: str,
+    shape: tuple[int, ...],
+    dims: int,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
 ) -> None:
     """Every mix of tangents, alone and as rows of one call, with and without weight and bias."""
-    primals = tensors(shape, dims, dtype)
+    primals = tensors(shape, dims, dtype, device=device)
     x, _, w, b = primals
-    moving = tensors(shape, dims, dtype, seed=1)
+    moving = tensors(shape, dims, dtype, 1, device)
     for has_w, has_b in itertools.product([True, False], [norm == "layer_norm", False]):
         args = [x, w if has_w else None, b if has_b else None]
         rows = [
@@ -94,12 +108,12 @@ def test_truth(
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @native_only
-def test_residual(norm: str, k: int, dtype: torch.dtype) -> None:
+def test_residual(norm: str, k: int, dtype: torch.dtype, device: torch.device) -> None:
     """The sum and the norm are what they are one after the other, whatever is absent."""
-    x, r, w, b = tensors((3, 5, 63), 1, dtype)
+    x, r, w, b = tensors((3, 5, 63), 1, dtype, device=device)
     every = []
     for seed, mix in enumerate(itertools.product([True, False], repeat=4)):
-        made = tensors((3, 5, 63), 1, dtype, seed + 1)
+        made = tensors((3, 5, 63), 1, dtype, seed + 1, device)
         row = tuple(t if keep else None for t, keep in zip(made, mix, strict=True))
         every.append(row if norm == "layer_norm" else row[:3])
     every = [row for row in every if any(t is not None for t in row)]
@@ -126,9 +140,9 @@ def test_residual(norm: str, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_large_mean(offset: float, backend: str) -> None:
+def test_large_mean(offset: float, backend: str, device: torch.device) -> None:
     """Deviations of 1 around 1e4: the numbers are taken for exact, and no digit of them is lost."""
-    x, dx, w, b = tensors((50, 768), 1, torch.float32)
+    x, dx, w, b = tensors((50, 768), 1, torch.float32, device=device)
     x = x + offset
     y, (dy,) = ops.layer_norm_jvp(x, [768], w, b, EPS, [(dx, None, None)], backend)
     want, dwant = torch_jvp(
@@ -139,12 +153,29 @@ def test_large_mean(offset: float, backend: str) -> None:
     assert units(dy, dwant) <= bar
 
 
+@native_only
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("size", [63, 64])
+def test_many_tangents(norm: str, size: int, device: torch.device) -> None:
+    """What a tangent is does not depend on its company, of more than one launch on a GPU."""
+    x, _, w, b = tensors((5, size), 1, torch.float32, device=device)
+    rows = []
+    for seed in range(35):
+        dx, _, dw, db = tensors((5, size), 1, torch.float32, seed + 1, device)
+        rows.append((dx, dw, db if norm == "layer_norm" else None))
+    y, dys = run(norm, [x, w, b], w.shape, rows, "native")
+    for row, dy in zip(rows, dys, strict=True):
+        alone, (dalone,) = run(norm, [x, w, b], w.shape, [row], "native")
+        assert torch.equal(y, alone)
+        assert torch.equal(dy, dalone)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-def test_layouts(norm: str, backend: str) -> None:
+def test_layouts(norm: str, backend: str, device: torch.device) -> None:
     """Transposed, strided, expanded, offset and empty inputs give what contiguous ones give."""
-    x, r, w, b = tensors((6, 4, 10), 1, torch.float64)
-    dx, _, dw, db = tensors((6, 4, 10), 1, torch.float64, 1)
+    x, r, w, b = tensors((6, 4, 10), 1, torch.float64, device=device)
+    dx, _, dw, db = tensors((6, 4, 10), 1, torch.float64, 1, device)
 
     def strided(t: Tensor) -> Tensor:
         wide = t.new_full((*t.shape[:-1], t.shape[-1] + 1, 2), float("nan"))
@@ -167,7 +198,7 @@ def test_layouts(norm: str, backend: str) -> None:
         (s, _), (y, _) = ops.add_layer_norm_jvp(strided(x), strided(r), [10], w, b, EPS, [])
         assert torch.equal(s, x + r)
     for shape in ((0, 10), (3, 0)):
-        x, _, w, b = tensors(shape, 1, torch.float32)
+        x, _, w, b = tensors(shape, 1, torch.float32, device=device)
         y, (dy,) = run(norm, [x, w, b], w.shape, [(x, w, b)], backend)
         assert y.shape == dy.shape == shape  # type: ignore[union-attr]
 

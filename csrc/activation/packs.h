@@ -1,0 +1,29 @@
+// What of an activation can be read 16 bytes at a time; nothing of CUDA, so that the CPU tests it.
+#pragma once
+
+#include "kernel.h"
+
+namespace tangentfast {
+
+// How many elements from the first on can be read 16 bytes at a time.
+inline int64_t whole_packs(const ActivationItem& item, int64_t numel) {
+  const int size = size_of(item.type);
+  uintptr_t low = reinterpret_cast<uintptr_t>(item.y);  // low bits of addresses and steps, together
+  const auto note = [&](const ActivationInput& input) {
+    for (const Rows& rows : {input.x, input.bias, input.gate, input.gate_bias}) {
+      low |= reinterpret_cast<uintptr_t>(rows.data);
+      if (item.columns != numel) low |= static_cast<uintptr_t>(rows.stride * size);
+    }
+  };
+  note(item.in);
+  for (int64_t k = 0; k < item.count; ++k) {
+    note(item.tangents[k].of);
+    low |= reinterpret_cast<uintptr_t>(item.tangents[k].dy);
+  }
+  const int pack = 16 / size;
+  if (low % 16) return 0;
+  if (item.columns == numel) return numel / pack * pack;
+  return item.columns % pack ? 0 : numel;
+}
+
+}  // namespace tangentfast

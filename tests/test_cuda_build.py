@@ -1,0 +1,74 @@
+"""The CUDA kernels compile without a warning, and keep what they work on in registers."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tangentfast.ops.backend import load_native, native_problem
+
+ROOT = Path(__file__).parent.parent
+KERNELS = re.findall(r"^cuda +(\S+\.cu)$", (ROOT / "csrc/sources.txt").read_text(), re.M)
+FLAGS = re.findall(r'compile_args\["nvcc"\] = (\[.+?\])', (ROOT / "setup.py").read_text())
+SPILLS: dict[str, str] = {}  # part of a kernel's name -> why it may spill
+REPORT = re.compile(
+    r"Compiling entry function '(?P<kernel>\S+)' for '\S+'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.S,
+)
+
+
+def spilling(report: str) -> list[str]:
+    """Kernels of a report of ptxas that use local memory without a reason."""
+    return [
+        f"{kernel['kernel']}: {kernel['stack']} bytes of stack, {kernel['stores']} bytes spilled"
+        for kernel in REPORT.finditer(report)
+        if int(kernel["stack"]) + int(kernel["stores"]) + int(kernel["loads"])
+        and not any(name in kernel["kernel"] for name in SPILLS)
+    ]
+
+
+def test_spills_are_found() -> None:
+    said = (
+        "ptxas info    : Compiling entry function 'k' for 'sm_90'\n"
+        "ptxas info    : Function properties for k\n"
+        "    {} bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 0 barriers\n"
+    )
+    assert spilling(said.format(0, 0)) == []
+    assert spilling(said.format(8, 4)) == ["k: 8 bytes of stack, 4 bytes spilled"]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH (CUDA toolkit)")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", KERNELS)
+def test_kernels_do_not_spill(source: str, arch: str, tmp_path: Path) -> None:
+    flags = ["-std=c++17", *ast.literal_eval(FLAGS[0]), f"-arch={arch}", "-Xptxas=-v", "-cubin"]
+    command = ["nvcc", *flags, str(ROOT / source), "-o", str(tmp_path / "kernels.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said
+    assert "warning" not in said, said
+    kernels = list(REPORT.finditer(said))
+    assert len(kernels) == said.count("Compiling entry function") > 0, said
+    for kernel in kernels:  # pytest -rP shows it
+        print(f"{kernel['kernel']}: {kernel['registers']} registers{kernel['rest']}")
+    assert not spilling(said), "\n".join(spilling(said))
+
+
+@pytest.mark.skipif(
+    not getattr(load_native()[0], "cuda", False), reason="tangentfast._C was built without CUDA"
+)
+@pytest.mark.parametrize(
+    "op", ["merge_", "gram", "layer_norm_jvp", "rms_norm_jvp", "activation_jvp"]
+)
+def test_cuda_tensors_reach_the_native_op(op: str) -> None:
+    assert native_problem(op, torch.device("cuda")) == ""
