@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 
 import torch
 
-from tangentfast.ops.backend import choose, load_native, native_problem
+from tangentfast.ops.backend import choose, load_native, native_problem, triton_problem
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Info:
         isa: the instruction set that the CPU kernels use, ``"avx512"``, ``"avx2"`` or
             ``"baseline"``; empty without the extension.
         cuda: ``"built"``, or why the CUDA kernels are not.
-        triton: version of Triton; empty when it is not installed.
+        triton: version of Triton, or why its kernels do not run on CUDA tensors.
         threads: that torch, and so the CPU kernels, use.
     """
 
@@ -46,7 +45,7 @@ class Info:
             "backend": f"{self.backend} (CPU), {self.cuda_backend} (CUDA)",
             "native": self.native + (f", {self.isa}" if self.isa else ""),
             "CUDA": self.cuda,
-            "triton": self.triton or "not installed",
+            "triton": self.triton,
             "threads": str(self.threads),
         }
         width = max(map(len, rows))
@@ -72,6 +71,6 @@ def info() -> Info:
         native=why or "present",
         isa=module.isa() if module is not None else "",
         cuda=missing or "built",
-        triton=metadata.version("triton") if find_spec("triton") else "",
+        triton=triton_problem("attention_jvp", gpu) or metadata.version("triton"),
         threads=torch.get_num_threads(),
     )

@@ -1,15 +1,17 @@
 """Which implementation an op runs on: the one place that decides.
 
-The environment variable TANGENTFAST_BACKEND (``native`` or ``reference``) or an op's `backend`
-argument names one, and naming one that is not there raises; by default the best present is taken.
+The environment variable TANGENTFAST_BACKEND (``native``, ``triton`` or ``reference``) or an op's
+`backend` argument names one, and naming one that is not there raises; by default the best present
+is taken. Few ops have a Triton kernel: ``triton,native,reference`` takes the first that has the op.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
+TRITON_OPS = ("attention_jvp",)
 
 
 @cache
@@ -49,27 +52,72 @@ def native_problem(op: str, device: torch.device) -> str:
     return f"tangentfast._C has no {op} for {device.type}"
 
 
+@cache
+def triton_problem(op: str, device: torch.device) -> str:
+    """Why Triton cannot run `op` on `device`; empty when it can."""
+    if op not in TRITON_OPS:
+        return f"there is no Triton kernel of {op}"
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if device.type != "cuda":
+        return f"Triton runs on CUDA devices, not on {device.type}; choose another backend"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA GPUs, and torch is built for ROCm"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"Triton needs compute capability 8.0 or later, {device} has {capability}"
+    return ""
+
+
+def problem(name: str, op: str, device: torch.device) -> str:
+    """Why a backend cannot run `op` on `device`; empty when it can."""
+    find = {"native": native_problem, "triton": triton_problem}.get(name)
+    return "" if find is None else find(op, device)
+
+
 def choose(op: str, device: torch.device, name: str | None = None) -> str:
-    """The backend of an op for tensors on `device`: ``"native"`` or ``"reference"``.
+    """The backend of an op for tensors on `device`: ``"native"``, ``"triton"`` or ``"reference"``.
 
     Args:
         op: its name in `torch.ops.tangentfast`.
         device: where the tensors are.
-        name: the backend wanted; None asks TANGENTFAST_BACKEND, and without it takes the best.
+        name: the backend wanted, or several with commas between, of which the first that has the
+            op is taken; None asks TANGENTFAST_BACKEND, and without it takes the best: the
+            extension on a CPU; Triton, then the extension on a GPU; the reference where neither is.
 
     Raises:
         ValueError: `name` or TANGENTFAST_BACKEND is no backend.
-        RuntimeError: the backend named is not there; the message says why and how to get it.
+        RuntimeError: none of those named is there; the message says why and how to get it.
     """
     source = "backend" if name is not None else "TANGENTFAST_BACKEND"
     wanted = name if name is not None else os.environ.get("TANGENTFAST_BACKEND", "")
     if not wanted:
-        return "reference" if native_problem(op, device) else "native"
-    if wanted not in BACKENDS:
+        order = ("triton", "native") if device.type == "cuda" else ("native",)
+        return next((b for b in order if not problem(b, op, device)), "reference")
+    names = [part.strip() for part in wanted.split(",")]
+    if not set(names) <= set(BACKENDS):
         raise ValueError(f"{source} is {wanted!r}; expected one of {', '.join(BACKENDS)}")
-    if wanted == "native" and (problem := native_problem(op, device)):
-        raise RuntimeError(f"{source} is 'native', but {problem}")
-    return wanted
+    problems = [problem(b, op, device) for b in names]
+    if all(problems):
+        raise RuntimeError(f"{source} is {wanted!r}, but {'; '.join(problems)}")
+    return names[problems.index("")]
+
+
+def register_triton(op: str, schema: str, module: str, fake: Callable[..., Any]) -> None:
+    """The op ``tangentfast::<op>_triton``: the function `op` of a module that imports Triton, which
+    is imported when the op is first called.
+    """
+    name = f"tangentfast::{op}_triton"
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(module), op)(*args)
+
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default", call)
+    torch.library.register_fake(name, fake)
 
 
 def ordinary(*tensors: Tensor | None) -> bool:

@@ -35,12 +35,12 @@ CALLS = [
 class Call:
     """Operands, a mask and K = 5 rows of tangents: all, each alone, none."""
 
-    def __init__(self, size: tuple[Any, ...], dtype: torch.dtype):
+    def __init__(self, size: tuple[Any, ...], dtype: torch.dtype, device: str = "cpu"):
         n, h, hk, t, s, d, dv, self.causal, mask = size
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
         # As the fused projections of a transformer lie: heads beside each other in a row.
         self.operands = [
@@ -51,7 +51,7 @@ class Call:
         if mask == "added":
             self.mask = draw(n, 1, t, s)
         if mask == "boolean":
-            self.mask = torch.rand(t, s, generator=generator) > 0.3
+            self.mask = (torch.rand(t, s, generator=generator) > 0.3).to(device)
             self.mask[3] = False  # a row that sees nothing
         dmask = draw(n, 1, t, s) if mask == "added" else None
         q, k, v = (draw(*x.shape) for x in self.operands)
@@ -70,7 +70,7 @@ class Call:
         """o, every do, and the gradients of q, k and v."""
         o, dos = self(backend)
         assert dos[4] is None
-        weight = torch.linspace(-1, 1, o.numel()).view(o.shape).to(o.dtype)
+        weight = torch.linspace(-1, 1, o.numel()).view(o.shape).to(o)
         return [o, *dos[:4], *torch.autograd.grad(o, self.operands, weight)]  # type: ignore[list-item]
 
     def exact(self) -> list[Tensor]:

@@ -17,10 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tangentfast.ops.attention import reference
+from tangentfast.ops.attention.outputs import backward_outputs, jvp_outputs, wide
 from tangentfast.ops.attention.reference import Row
-from tangentfast.ops.backend import choose, load_native, ordinary
+from tangentfast.ops.backend import choose, load_native, ordinary, register_triton
 
 __all__ = ["attention_jvp"]
+
+# The widest head whose tiles fit in the shared memory of a GPU.
+TRITON_WIDTH = 256
 
 
 def attention_jvp(
@@ -43,17 +47,20 @@ def attention_jvp(
         dropout, causal, scale, gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
         tangents: K rows (dq, dk, dv, dmask), each shaped like its primal or None; a row may be
             None.
-        backend: ``"native"``, ``"reference"`` or None (see `tangentfast.ops.backend`). Dropout,
-            empty tensors and operands whose batch dimensions differ run on the reference.
+        backend: ``"native"``, ``"triton"``, ``"reference"`` or None (see
+            `tangentfast.ops.backend`). Dropout, empty tensors and operands whose batch dimensions
+            differ run on the reference; with Triton also float64, heads wider than 256, and calls
+            without a tangent, for which torch's attention is made.
 
     Returns:
         o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one.
     """
-    if (
-        dropout > 0
-        or not _regular(q, k, v, mask, gqa)
-        or choose("attention_jvp", q.device, backend) == "reference"
-    ):
+    chosen = "reference"
+    if dropout == 0 and _regular(q, k, v, mask, gqa):
+        chosen = choose("attention_jvp", q.device, backend)
+        if chosen == "triton" and not _for_triton(q, v, tangents):
+            chosen = "reference"
+    if chosen == "reference":
         return reference.attention_jvp(q, k, v, mask, dropout, causal, scale, gqa, tangents)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if torch.is_autocast_enabled(q.device.type):
@@ -68,9 +75,9 @@ def attention_jvp(
         if all(row is None for row in rows):
             return o, [None] * len(rows)
         with torch.no_grad():
-            dos = _launch(q, k, v, added, causal, scale, rows, primal=False)[2]
+            dos = _launch(chosen, q, k, v, added, causal, scale, rows, primal=False)[2]
     else:
-        o, *dos = _Attention.apply(q, k, v, added, causal, scale, rows)
+        o, *dos = _Attention.apply(chosen, q, k, v, added, causal, scale, rows)
     return o, [None if row is None else do for row, do in zip(rows, dos, strict=True)]
 
 
@@ -89,16 +96,24 @@ def _regular(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) ->
     )
 
 
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+def _for_triton(q: Tensor, v: Tensor, tangents: Sequence[Row]) -> bool:
+    return (
+        q.dtype != torch.float64
+        and max(q.shape[-1], v.shape[-1]) <= TRITON_WIDTH
+        and any(row is not None for row in tangents)
+    )
+
+
+def _op(name: str, backend: str) -> Any:
+    return getattr(torch.ops.tangentfast, f"{name}_triton" if backend == "triton" else name)
 
 
 def _added(mask: Tensor, q: Tensor) -> Tensor:
     """The mask as a summand in the kernel's own precision, not yet broadcast."""
     mask = mask.detach()
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=_wide(q)).masked_fill_(~mask, -math.inf)
-    return mask.to(_wide(q))
+        return torch.zeros_like(mask, dtype=wide(q)).masked_fill_(~mask, -math.inf)
+    return mask.to(wide(q))
 
 
 def _row(row: Row, q: Tensor, k: Tensor, v: Tensor) -> Row:
@@ -106,7 +121,7 @@ def _row(row: Row, q: Tensor, k: Tensor, v: Tensor) -> Row:
         return None
     dq, dk, dv, dmask = row
     operands = [None if t is None else t.to(x.dtype) for t, x in ((dq, q), (dk, k), (dv, v))]
-    return (*operands, None if dmask is None else dmask.to(_wide(q)))  # type: ignore[return-value]
+    return (*operands, None if dmask is None else dmask.to(wide(q)))  # type: ignore[return-value]
 
 
 def _four(t: Tensor) -> Tensor:
@@ -115,6 +130,7 @@ def _four(t: Tensor) -> Tensor:
 
 
 def _launch(
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,7 +149,7 @@ def _launch(
             return [None if t is None else _four(t.expand(scores)) for t in found]
         return [None if t is None else _four(t) for t in found]
 
-    o, lse, dos = torch.ops.tangentfast.attention_jvp(
+    o, lse, dos = _op("attention_jvp", backend)(
         *map(_four, (q, k, v)),
         None if mask is None else _four(mask.expand(scores)),
         causal, scale, *map(column, range(4)), primal,
@@ -150,6 +166,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -159,9 +176,9 @@ class _Attention(torch.autograd.Function):
         rows: Sequence[Row],
     ) -> tuple[Tensor, ...]:
         """(o, *dos)."""
-        o, lse, dos = _launch(q, k, v, mask, causal, scale, rows)
+        o, lse, dos = _launch(backend, q, k, v, mask, causal, scale, rows)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.mask, ctx.causal, ctx.scale = mask, causal, scale
+        ctx.backend, ctx.mask, ctx.causal, ctx.scale = backend, mask, causal, scale
         ctx.mark_non_differentiable(*dos)
         ctx.set_materialize_grads(False)
         return (o, *dos)
@@ -171,53 +188,52 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         q, k, v, o, lse = ctx.saved_tensors
         mask = ctx.mask
         if mask is not None:
             mask = _four(mask.expand(*q.shape[:-1], k.shape[-2]))
-        grads = torch.ops.tangentfast.attention_backward(
+        grads = _op("attention_backward", ctx.backend)(
             *map(_four, (grad, q, k, v, o)), lse, mask, ctx.causal, ctx.scale
         )
         return (
+            None,
             *(t.reshape(x.shape) for t, x in zip(grads, (q, k, v), strict=True)),
             None, None, None, None,
         )  # fmt: skip
 
 
-def _heads_inside(like: Tensor, columns: int) -> Tensor:
-    """An output of the kernels: as csrc/attention/cpu.cpp lays it out."""
-    n, h, t, _ = like.shape
-    if like.stride(0) < like.stride(2) and n > 1:
-        return like.new_empty(t, n, h, columns).permute(1, 2, 0, 3)
-    return like.new_empty(n, t, h, columns).transpose(1, 2)
+def _fake_jvp(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    dq: list[Tensor | None], dk: Any, dv: Any, dmask: Any, primal: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return jvp_outputs(q, v, len(dq), primal)
 
 
-def _register_fake() -> None:
-    """Shapes without data, for torch.compile and opcheck."""
-
-    @torch.library.register_fake("tangentfast::attention_jvp")
-    def _(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
-        dq: list[Tensor | None], dk: Any, dv: Any, dmask: Any, primal: bool,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        n, h, t, _d = q.shape
-
-        def output() -> Tensor:
-            return _heads_inside(q, v.shape[-1])
-
-        if not primal:
-            return q.new_empty(0), q.new_empty(0, dtype=_wide(q)), [output() for _ in dq]
-        lse = q.new_empty(n, t, h, dtype=_wide(q)).transpose(1, 2)
-        return output(), lse, [output() for _ in dq]
-
-    @torch.library.register_fake("tangentfast::attention_backward")
-    def _(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-        mask: Tensor | None, causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return tuple(_heads_inside(x, x.shape[-1]) for x in (q, k, v))  # type: ignore[return-value]
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    mask: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return backward_outputs(q, k, v)
 
 
-if load_native()[0] is not None:
-    _register_fake()
+# The Triton kernels have ops of their own, with the schemas of csrc/schema.cpp: they must work
+# without the extension, and beside it on any device (Triton's interpreter runs them on the CPU).
+TRITON_OPS = {
+    "attention_jvp": "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+    "Tensor?[] dq, Tensor?[] dk, Tensor?[] dv, Tensor?[] dmask, bool primal) "
+    "-> (Tensor o, Tensor lse, Tensor[] do)",
+    "attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "Tensor? mask, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+}
+
+
+def _register(fakes: dict[str, Any]) -> None:
+    """Shapes without data, for torch.compile and opcheck; and the ops in Triton."""
+    for name, fake in fakes.items():
+        if load_native()[0] is not None:
+            torch.library.register_fake(f"tangentfast::{name}", fake)
+        register_triton(name, TRITON_OPS[name], "tangentfast.ops.attention.triton", fake)
+
+
+_register({"attention_jvp": _fake_jvp, "attention_backward": _fake_backward})
