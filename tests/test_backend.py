@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tangentfast.merge import merge_
-from tangentfast.ops.backend import choose, load_native
+from tangentfast.ops.backend import choose, load_native, triton_problem
 
 NATIVE = load_native()[0] is not None
 native_only = pytest.mark.skipif(not NATIVE, reason="no native extension")
@@ -73,6 +73,22 @@ def test_backend_names(monkeypatch: pytest.MonkeyPatch) -> None:
         RuntimeError, match=r"backend is 'native', but tangentfast._C (has no merge_ for mps|was)"
     ):
         choose("merge_", torch.device("mps"), "native")
+
+
+def test_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list takes the first that has the op; what is missing says why."""
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    triton_problem.cache_clear()
+    for op, message in [
+        ("attention_jvp", "Triton (runs on CUDA devices, not on cpu|is not installed)"),
+        ("merge_", "there is no Triton kernel of merge_"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"backend is 'triton', but {message}"):
+            choose(op, cpu, "triton")
+        assert choose(op, cpu, "triton,reference") == "reference"
+    with pytest.raises(ValueError, match="backend is 'triton,fast'; expected one of"):
+        choose("merge_", cpu, "triton,fast")
 
 
 ISA_PROGRAM = """

@@ -23,8 +23,8 @@ from tangentfast.ops.backend import choose, load_native, ordinary, register_trit
 
 __all__ = ["attention_jvp"]
 
-# The widest head whose tiles fit in the shared memory of a GPU.
-TRITON_WIDTH = 256
+# Wider heads spill too many registers (tests/ops/test_attention_compiled.py counts them).
+TRITON_WIDTH = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 def attention_jvp(
@@ -49,8 +49,8 @@ def attention_jvp(
             None.
         backend: ``"native"``, ``"triton"``, ``"reference"`` or None (see
             `tangentfast.ops.backend`). Dropout, empty tensors and operands whose batch dimensions
-            differ run on the reference; with Triton also float64, heads wider than 256, and calls
-            without a tangent, for which torch's attention is made.
+            differ run on the reference; with Triton also float64, heads wider than 256 (float32:
+            128), and calls without a tangent, for which torch's attention is made.
 
     Returns:
         o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one.
@@ -97,10 +97,8 @@ def _regular(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) ->
 
 
 def _for_triton(q: Tensor, v: Tensor, tangents: Sequence[Row]) -> bool:
-    return (
-        q.dtype != torch.float64
-        and max(q.shape[-1], v.shape[-1]) <= TRITON_WIDTH
-        and any(row is not None for row in tangents)
+    return max(q.shape[-1], v.shape[-1]) <= TRITON_WIDTH.get(q.dtype, 0) and any(
+        row is not None for row in tangents
     )
 
 

@@ -234,16 +234,23 @@ def _constants(q: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _hopper(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
 def _blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Tiles that ptxas keeps in the registers of sm_90, in 16 bits and for heads of up to 128;
-    wider heads and float32 spill a little with each that was tried.
+    """The largest tiles that ptxas was seen to keep in registers, for heads of up to 128 in 16 bits
+    and of up to 64 in float32; wider heads spill a little.
     """
-    if q.dtype == torch.float32:
-        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 2}
     width = max(q.shape[3], v.shape[3])
-    if width <= 128:
-        return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2}
-    return {"BM": 64, "BN": 16, "num_warps": 8, "num_stages": 2}
+    rows, columns = 128, 32
+    if q.dtype == torch.float32:
+        rows, columns = 16, 32 if width <= 64 else 16
+    elif width > 128:
+        rows, columns = 32, 16
+    elif width > 64 and not _hopper(q):
+        rows, columns = 32, 32
+    return {"BM": rows, "BN": columns, "num_warps": 8, "num_stages": 2}
 
 
 def attention_jvp(
