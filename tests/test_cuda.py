@@ -92,6 +92,7 @@ def full_precision() -> Any:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("params", ["all", "attention"])
 def test_exact(params: str, dtype: torch.dtype) -> None:
