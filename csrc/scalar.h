@@ -101,6 +101,18 @@ TF_INLINE Acc load(Half value) { return static_cast<Acc>(to_float(value)); }
 template <class Acc>
 TF_INLINE Acc load(BFloat16 value) { return static_cast<Acc>(to_float(value)); }
 
+// n numbers widened into `to`; where they are wide already, as they lie.
+template <class Acc>
+TF_INLINE const Acc* widened(const Acc* from, int64_t, Acc*) {
+  return from;
+}
+
+template <class Acc, class T>
+TF_INLINE const Acc* widened(const T* from, int64_t n, Acc* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = load<Acc>(from[i]);
+  return to;
+}
+
 TF_INLINE void store(double acc, double& out) { out = acc; }
 TF_INLINE void store(double acc, float& out) { out = static_cast<float>(acc); }
 TF_INLINE void store(double acc, Half& out) { out = to_half(to_float_odd(acc)); }

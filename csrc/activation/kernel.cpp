@@ -14,17 +14,6 @@ TF_INLINE const T* at(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const T*>(rows.data) + row * rows.stride + column;
 }
 
-template <class Acc>
-TF_INLINE const Acc* widened(const Acc* from, int64_t, Acc*) {
-  return from;
-}
-
-template <class Acc, class T>
-TF_INLINE const Acc* widened(const T* from, int64_t n, Acc* __restrict to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = load<Acc>(from[i]);
-  return to;
-}
-
 // a + b, either of which may be absent; null where both are.
 template <class T, class Acc>
 TF_INLINE const Acc* sum_of(const Rows& a, const Rows& b, int64_t row, int64_t column, int64_t n,

@@ -71,17 +71,6 @@ TF_INLINE Acc row_sum(const Acc* x, int64_t n) {
   return fold<lanes>(sum);
 }
 
-template <class Acc>
-TF_INLINE const Acc* widened(const Acc* row, int64_t, Acc*) {
-  return row;
-}
-
-template <class Acc, class T>
-TF_INLINE const Acc* widened(const T* row, int64_t n, Acc* __restrict scratch) {
-  for (int64_t i = 0; i < n; ++i) scratch[i] = load<Acc>(row[i]);
-  return scratch;
-}
-
 // a + b, rounded to storage as a separate addition would be, and read back.
 template <class T, class Acc>
 TF_INLINE const Acc* added(const T* a, const T* b, T* __restrict sum, int64_t n, Acc* scratch) {

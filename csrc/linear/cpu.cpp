@@ -38,9 +38,8 @@ class Side {
       check_same_dtype(kOp, own, tensors[i], "lefts[0]", first);
       const at::Tensor x = tensors[i].resolve_neg();
       kept_.push_back(x.stride(0) == 1 || x.stride(1) == 1 ? x : x.contiguous());
-      const at::Tensor& own_x = kept_.back();
-      // Of a single row or column any stride is as good: 1 tells the kernel how to read it.
-      matrices_.push_back({own_x.const_data_ptr(), own_x.stride(0), own_x.stride(1)});
+      const at::Tensor& read = kept_.back();
+      matrices_.push_back({read.const_data_ptr(), read.stride(0), read.stride(1)});
     }
   }
 
