@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 BACKENDS = ("native", "triton", "reference")
-TRITON_OPS = ("attention_jvp",)
+TRITON_OPS = ("attention_jvp", "products")
 
 
 @cache

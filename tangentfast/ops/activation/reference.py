@@ -28,6 +28,12 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Te
 }
 
 
+def check_kind(kind: str, op: str) -> None:
+    """Raise ValueError for an activation that there is not."""
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+
+
 def activation_jvp(
     x: Tensor,
     kind: str,
@@ -37,11 +43,7 @@ def activation_jvp(
     gate_bias: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y = f(x + b) (g + c) and its K tangents; see `ops.activation.activation_jvp`."""
-    if kind not in KINDS:
-        raise ValueError(
-            f"activation_jvp: kind is {kind!r}, expected gelu, gelu_tanh, quick_gelu, silu or "
-            "sigmoid"
-        )
+    check_kind(kind, "activation_jvp")
     f, slope_times = KINDS[kind]
     x = _sum(x, bias)
     value = f(x)

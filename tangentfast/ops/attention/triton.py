@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangentfast.ops.attention.outputs import backward_outputs, jvp_outputs
+from tangentfast.ops.attention.outputs import backward_outputs, jvp_outputs, wide
+from tangentfast.ops.expect import expect, hopper
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -234,10 +235,6 @@ def _constants(q: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _hopper(q: Tensor) -> bool:
-    return q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
 def _blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     """The largest tiles that ptxas was seen to keep in registers, for heads of up to 128 in 16 bits
     and of up to 64 in float32; wider heads spill a little.
@@ -248,9 +245,20 @@ def _blocks(q: Tensor, v: Tensor) -> dict[str, int]:
         rows, columns = 16, 32 if width <= 64 else 16
     elif width > 128:
         rows, columns = 32, 16
-    elif width > 64 and not _hopper(q):
+    elif width > 64 and not hopper(q):
         rows, columns = 32, 32
     return {"BM": rows, "BN": columns, "num_warps": 8, "num_stages": 2}
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """The sizes N, H, Hk, T and S, of operands that fit each other."""
+    n, h, t, d = q.shape
+    shared, s, width = *k.shape[1:3], v.shape[3]
+    expect(op, q.device, q.dtype, k=(k, (n, shared, s, d)), v=(v, (n, shared, s, width)))
+    expect(op, q.device, wide(q), mask=(mask, (n, h, t, s)))
+    if h % shared:
+        raise ValueError(f"{op}: q has {h} heads, expected a multiple of k's {shared}.")
+    return n, h, shared, t, s
 
 
 def attention_jvp(
@@ -260,11 +268,16 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """One launch per tangent, the first of which also writes o and its log-sum-exp.
 
+    q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, Dv], mask [N, H, T, S]; H is a multiple of Hk.
+
     A launch with the log-sum-exp known would save one of its six products, but needs a second
     kernel, and takes o rounded to 16 bits into u / z - (a / z) o.
     """
+    n, h, shared, t, s = _check("attention_jvp_triton", q, k, v, mask)
+    expect("attention_jvp_triton", q.device, q.dtype, dq=(dq, q.shape), dk=(dk, k.shape),
+           dv=(dv, v.shape))  # fmt: skip
+    expect("attention_jvp_triton", q.device, wide(q), dmask=(dmask, (n, h, t, s)))
     o, lse, dos = jvp_outputs(q, v, len(dq), primal)
-    n, h, t, _ = q.shape
     blocks = _blocks(q, v)
     grid = (triton.cdiv(t, blocks["BM"]) * n * h,)
     operands = [*map(_operand, (q, k, v)), _whole(mask)]
@@ -278,7 +291,7 @@ def attention_jvp(
             attention_jvp_kernel[grid](
                 *operands, *tangents,
                 _operand(o) if first else None, _whole(lse) if first else None, _operand(do),
-                h, h // k.shape[1], t, k.shape[2], scale,
+                h, h // shared, t, s, scale,
                 **_constants(q, v, causal), **blocks,
             )  # fmt: skip
     return o, lse, dos
@@ -289,9 +302,11 @@ def attention_backward(
     mask: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v; one program owns each of their rows, so that the bits repeat."""
+    n, h, shared, t, s = _check("attention_backward_triton", q, k, v, mask)
+    shape = (n, h, t, v.shape[3])
+    expect("attention_backward_triton", q.device, q.dtype, grad=(grad, shape), o=(o, shape))
+    expect("attention_backward_triton", q.device, wide(q), lse=(lse, (n, h, t)))
     dq, dk, dv = backward_outputs(q, k, v)
-    n, h, t, _ = q.shape
-    shared, s = k.shape[1:3]
     blocks = _blocks(q, v)
     delta = _whole(torch.empty_like(lse))
     operands = [*map(_operand, (grad, q, k, v)), _whole(mask)]
