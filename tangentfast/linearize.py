@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tangentfast import sharding
 from tangentfast.anchor import SUFFIX, anchor, release
@@ -91,8 +92,10 @@ class LinearizedModel(nn.Module):
         if not recording:
             args, kwargs = tree_map(_detached, (args, kwargs))
         trained = recording and any(tau.requires_grad for tau in self.tau.values())
-        sharding.keep_duals(self.model)
-        pass_ = Pass(1, self.model, strict=True, anchors=True, recording=trained)
+        sharded = sharding.keep_duals(self.model)
+        # A sharded block's parameters are gathered and freed: copies would outlive them.
+        casts = None if sharded else self._casts
+        pass_ = Pass(1, self.model, strict=True, anchors=True, recording=trained, casts=casts)
         try:
             with running(pass_):
                 out = self.model(*args, **kwargs)
@@ -152,7 +155,7 @@ class LinearizedModel(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_seen"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_casts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -160,6 +163,7 @@ class LinearizedModel(nn.Module):
 
     def _remember(self) -> None:
         """Note where θ0 is and how often it was written, to notice a change."""
+        self._casts = WeakTensorKeyDictionary()
         self._seen = [
             (name, weakref.ref(m._parameters[own]), m, own, version(m._parameters[own]))  # type: ignore[arg-type]
             for name, m, own in self._sites

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tangentfast import inplace
 
@@ -20,8 +21,8 @@ class Pass:
     `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing
     requires grad but what depends on a tangent, so that a plain tensor with a graph has lost its
     tangent (it came from code that takes a handle for an ordinary tensor). `anchors`: linearized
-    parameters give duals in this pass. `recording`: their gradient is wanted. `fallbacks`: counts
-    (operation, module path).
+    parameters give duals in this pass. `recording`: their gradient is wanted. `casts`: the copies
+    of frozen parameters that autocast works with. `fallbacks`: counts (operation, module path).
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Pass:
         strict: bool = False,
         anchors: bool = False,
         recording: bool = False,
+        casts: MutableMapping[Tensor, Any] | None = None,
     ):
         self.k = k
         self.root = root
         self.strict = strict
         self.anchors = anchors
         self.recording = recording
+        self.casts = casts
         self.fallbacks: Counter[tuple[str, str]] = Counter()
         self.sharers = inplace.Sharers()
 

@@ -17,18 +17,25 @@ from tangentfast.dual import Dual, wrap
 from tangentfast.passes import current
 
 
-def keep_duals(model: nn.Module) -> None:
-    """Add the two hooks to every module that ``fully_shard`` was applied to, once each."""
+def _sharded(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``fully_shard`` was applied to."""
     if not (dist.is_available() and dist.is_initialized()):
-        return
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and "_opens_duals" not in module.__dict__:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def keep_duals(model: nn.Module) -> bool:
+    """Add the two hooks to every sharded module, once each; whether there is one."""
+    sharded = _sharded(model)
+    for module in sharded:
+        if "_opens_duals" not in module.__dict__:
             module.__dict__["_opens_duals"] = True
             tangents: list[list[Any]] = []  # a stack: the same block may be called inside itself
             module.register_forward_pre_hook(_opener(tangents), prepend=True, with_kwargs=True)
             module.register_forward_pre_hook(_closer(tangents), with_kwargs=True)
+    return bool(sharded)
 
 
 def _opener(stack: list[list[Any]]) -> Any:

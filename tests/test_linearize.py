@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tangentfast as tf
@@ -185,6 +186,45 @@ def test_autocast(dtype: torch.dtype, x: Tensor) -> None:
     assert cast is not None
     assert cast.dtype == torch.float32
     assert (cast - grad).norm() < 16 * eps * grad.norm()
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast to bfloat16 inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("params", ["all", "attention"])
+def test_autocast_casts_the_base_once(params: str, x: Tensor) -> None:
+    """Every step casts τ, which has changed; the first one θ0, too; a changed θ0 is cast anew."""
+    lin, x = tf.linearize(Net().eval(), params), x.float()
+    weights = [m for n, m in lin.model.named_parameters() if m.dim() == 2 and "tau" not in n]
+    counts = []
+    for step in range(4):
+        if step == 3:
+            lin.load_state_dict({k: 1.5 * v for k, v in lin.state_dict().items()})
+        with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            out = lin(x)
+        out.float().sum().backward()
+        counts.append([casts.shapes.count(tuple(w.shape)) for w in weights])
+    assert counts[1] == counts[2]
+    assert counts[0] == counts[3]
+    saved = [a - b for a, b in zip(counts[0], counts[1], strict=True)]
+    # What comes before the first trained layer is an ordinary network, and torch's own business.
+    first = params == "all"
+    assert saved == [first, 1, 1, 1]
+    fresh = tf.linearize(Net().eval(), params)
+    fresh.load_state_dict(lin.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(out, fresh(x))
 
 
 def test_primal_dtype(x: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tangentfast.ops.linear import linear_jvp
 from tangentfast.ops.linear.patches import is_patches, patches_jvp
+from tangentfast.rules.autocast import autocast_dtype, narrow
 from tangentfast.rules.registry import RULES, Inexact, Jvp, add, evaluate, functions, fused, rule
 
 
@@ -35,6 +36,8 @@ def _product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Se
 def _bilinear(function: Callable[..., Any]) -> None:
     @rule(function)
     def product(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
+        input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
+
         def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
             return _product_rule(function, (input, other), (dx, dother))
 
@@ -50,7 +53,13 @@ for _function in functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "
 def linear(
     tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, list[Any]]:
-    return linear_jvp(input, weight, bias, tangents)
+    dtype = autocast_dtype(input)
+    if dtype is None:
+        return linear_jvp(input, weight, bias, tangents)
+    rows = [row and tuple(narrow(t, dtype) for t in row) for row in tangents]
+    input, weight, bias = (narrow(x, dtype) for x in (input, weight, bias))
+    with torch.autocast(input.device.type, enabled=False):
+        return linear_jvp(input, weight, bias, rows)
 
 
 @rule("bilinear")
@@ -132,6 +141,7 @@ def _convolution(function: Callable[..., Any]) -> None:
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> tuple[Tensor, list[Any]]:  # fmt: skip
         options = (stride, padding, dilation, groups)
+        weight = narrow(weight, autocast_dtype(weight))
         if is_patches(input, weight, *options):
             return patches_jvp(input, weight, bias, [row and tuple(row[:3]) for row in tangents])
         return _convolution_jvp(function, input, weight, bias, options, tangents)
