@@ -26,25 +26,44 @@ class Bar:
 
 def _step(model: str, dtype: str, variant: str, against: str) -> Reading:
     def reading(run: Run) -> float | None:
-        found = _find(run, "step", model, dtype)
-        return None if found is None else found.times(variant, against)
+        found = [c for c in _steps(run, model, dtype) if variant in c and against in c]
+        return found[0].times(variant, against) if found else None
 
     return reading
 
 
 def _memory(model: str, dtype: str, variant: str) -> Reading:
     def reading(run: Run) -> float | None:
-        found = _find(run, "step", model, dtype)
-        return None if found is None else run.memory(found, variant, ORDINARY)
+        found = [run.memory(c, variant, ORDINARY) for c in _steps(run, model, dtype)]
+        return next((value for value in found if value is not None), None)
 
     return reading
 
 
-def _find(run: Run, start: str, model: str, dtype: str) -> Comparison | None:
-    for found in run.named(start):
-        if (found.facts["model"], found.facts["dtype"]) == (model, dtype):
-            return found
-    return None
+def _steps(run: Run, model: str, dtype: str) -> list[Comparison]:
+    """In the order they ran: the table's batch first."""
+    found = run.named("step")
+    return [c for c in found if (c.facts["model"], c.facts["dtype"]) == (model, dtype)]
+
+
+def _kernel(operation: str, dtype: str, read: Callable[[Comparison], float | None]) -> Reading:
+    """Of an operation, at the largest of its sizes that can be read."""
+
+    def reading(run: Run) -> float | None:
+        found = [
+            value
+            for c in run.named("kernel")
+            if (c.facts["operation"], c.facts["dtype"]) == (operation, dtype)
+            and (value := read(c)) is not None
+        ]
+        return found[-1] if found else None
+
+    return reading
+
+
+def _over_flash(c: Comparison) -> float | None:
+    theirs = "jvp_flash_attention"
+    return c.times(theirs, "tangentfast") if theirs in c else None
 
 
 def _first(start: str, variant: str, against: str) -> Reading:
@@ -63,30 +82,32 @@ def _with(start: str, k: int, read: Callable[[Comparison], float]) -> Reading:
     return reading
 
 
-def _rows() -> list[Bar]:
-    bars = []
-    for model, dtype, variant, step, faster in (
-        ("ViT-B/32", "float32", OURS, 1.50, 2.0),
-        ("ViT-B/32", "float32", OURS_ATTENTION, 1.25, 2.5),
-        ("ViT-B/32", "bfloat16", OURS, 1.10, 5.0),
-        ("ViT-B/16", "float32", OURS, 1.50, 2.0),
-    ):
-        what = f"{model} {dtype}, {variant.rpartition(' ')[2]}"
-        bars += [
-            Bar(f"{what}: step, × ordinary", step, False, _step(model, dtype, variant, ORDINARY)),
-            Bar(
-                f"{what}: × faster than `torch.func.jvp`",
-                faster,
-                True,
-                _step(model, dtype, PUBLISHED, variant),
-            ),
-            Bar(f"{what}: peak memory, × ordinary", 1.10, False, _memory(model, dtype, variant)),
-        ]
-    return bars
+def _rows(
+    model: str, dtype: str, variant: str, step: float, faster: float, memory: float
+) -> list[Bar]:
+    what = f"{model} {dtype}, {variant.rpartition(' ')[2]}"
+    return [
+        Bar(f"{what}: step, × ordinary", step, False, _step(model, dtype, variant, ORDINARY)),
+        Bar(
+            f"{what}: × faster than `torch.func.jvp`",
+            faster,
+            True,
+            _step(model, dtype, PUBLISHED, variant),
+        ),
+        Bar(f"{what}: peak memory, × ordinary", memory, False, _memory(model, dtype, variant)),
+    ]
 
 
-BARS = [
-    *_rows(),
+def _merge(limit: float) -> Bar:
+    share = _with("merge", 8, lambda c: c.share("tangentfast", *COPIES))
+    return Bar("merge_, K = 8: share of the copy ceiling", limit, True, share)
+
+
+CPU_BARS = [
+    *_rows("ViT-B/32", "float32", OURS, 1.50, 2.0, 1.10),
+    *_rows("ViT-B/32", "float32", OURS_ATTENTION, 1.25, 2.5, 1.10),
+    *_rows("ViT-B/32", "bfloat16", OURS, 1.10, 5.0, 1.10),
+    *_rows("ViT-B/16", "float32", OURS, 1.50, 2.0, 1.10),
     Bar(
         "× faster than the compiled `torch.func.jvp` step",
         1.25,
@@ -111,6 +132,37 @@ BARS = [
         True,
         _first("alpha_sweep", "tangentfast, point by point", "tangentfast, one pass"),
     ),
-    Bar("merge_, K = 8: share of the copy ceiling", 0.90, True,
-        _with("merge", 8, lambda c: c.share("tangentfast", *COPIES))),
-]  # fmt: skip
+    _merge(0.90),
+]
+
+GPU_BARS = [
+    *_rows("ViT-L/14", "bfloat16", OURS, 1.67, 2.5, 1.15),
+    *_rows("ViT-L/14", "bfloat16", OURS_ATTENTION, 1.30, 2.5, 1.15),
+    _merge(0.85),
+    *(
+        Bar(
+            f"{operation}: share of the copy ceiling",
+            0.80,
+            True,
+            _kernel(operation, "bfloat16", lambda c: c.share("tangentfast", *COPIES)),
+        )
+        for operation in ("layer_norm", "gelu")
+    ),
+    Bar(
+        "attention: × faster than `jvp_flash_attention`",
+        1.0,
+        True,
+        _kernel("attention", "bfloat16", _over_flash),
+    ),
+]
+
+
+def bars(run: Run) -> list[Bar]:
+    """What a run on its kind of machine must show."""
+    return GPU_BARS if run.machine["gpu"] else CPU_BARS
+
+
+def verdicts(run: Run) -> list[tuple[Bar, float]]:
+    """The bars whose figure was measured, and the figures."""
+    read = [(bar, bar.reading(run)) for bar in bars(run)]
+    return [(bar, value) for bar, value in read if value is not None]

@@ -59,6 +59,15 @@ def function_jvp(
     return y, dy
 
 
+def flash_jvp(primals: Sequence[Tensor], dprimals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention by the PyPI package ``jvp_flash_attention``, called as its page says."""
+    from jvp_flash_attention.jvp_attention import JVPAttn
+
+    result: Any = torch.func.jvp(JVPAttn.fwd_dual, tuple(primals), tuple(dprimals))
+    y, dy = result
+    return y, dy
+
+
 # Merging. Ilharco et al. (2023), arXiv:2212.04089, section 2: θ = θ0 + Σ_k α τ_k.
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import ceilings
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import function_jvp
+from baselines import flash_jvp, function_jvp
 from harness import DEVICE, SMOKE, assert_close, compare
 from torch import Tensor
 
@@ -29,21 +30,22 @@ from tangentfast.rules import RULES
 
 Shape = tuple[int, ...]
 GPU = DEVICE.type == "cuda"
-SCALE = 8 if GPU else 1
 
 # [rows, width]: one token; one image and 16 of ViT-B/32; the MLP's width.
-ROWS: list[Shape] = [(1, 768), (50, 768), (800 * SCALE, 768)]
-WIDE: list[Shape] = [(1, 3072), (50, 3072), (800 * SCALE, 3072)]
+ROWS: list[Shape] = [(1, 768), (50, 768), (800, 768)]
+WIDE: list[Shape] = [(1, 3072), (50, 3072), (800, 3072)]
 # [batch, heads, tokens, head width]: ViT-B/32 with 1 and 16 images, ViT-B/16 with 8, ViT-L/14
-HEADS: list[Shape] = [
-    (1, 12, 50, 64),
-    (16 * SCALE, 12, 50, 64),
-    (8 * SCALE, 12, 197, 64),
-    (1, 16, 577, 64),
-]
+HEADS: list[Shape] = [(1, 12, 50, 64), (16, 12, 50, 64), (8, 12, 197, 64), (1, 16, 577, 64)]
 SCORES: list[Shape] = [(600, 50), (192 * 50, 50), (96 * 197, 197)]  # [rows, keys]
-PRODUCTS: list[Shape] = [(1, 768, 768), (50, 768, 768), (800 * SCALE, 768, 3072)]  # rows, in, out
-PATCHES: list[Shape] = [(1, 32, 224), (8 * SCALE, 32, 224), (4 * SCALE, 16, 224)]  # n, patch, size
+PRODUCTS: list[Shape] = [(1, 768, 768), (50, 768, 768), (800, 768, 3072)]  # rows, in, out
+PATCHES: list[Shape] = [(1, 32, 224), (8, 32, 224), (4, 16, 224)]  # n, patch, size
+if GPU:  # one image of ViT-L/14 and 128: far more than the caches hold
+    ROWS = [(1, 768), (257, 1024), (128 * 257, 1024)]
+    WIDE = [(1, 3072), (257, 4096), (128 * 257, 4096)]
+    HEADS = [(1, 16, 257, 64), (128, 16, 257, 64), (64, 16, 1024, 64), (64, 16, 257, 80)]
+    SCORES = [(16 * 257, 257), (128 * 16 * 257, 257)]
+    PRODUCTS = [(1, 1024, 1024), (128 * 257, 1024, 3072), (128 * 257, 1024, 4096)]
+    PATCHES = [(1, 14, 224), (128, 14, 224)]
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,18 @@ def on_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return named
 
 
+def flash_accepts(primals: Sequence[Tensor], dprimals: Sequence[Tensor]) -> bool:
+    """Whether that package is here and runs on these operands."""
+    if not GPU or find_spec("jvp_flash_attention") is None:
+        return False
+    try:
+        flash_jvp(primals, dprimals)
+    except Exception as error:  # whatever it or its compiler raises
+        print(f"jvp_flash_attention: {type(error).__name__}: {str(error)[:200]}")
+        return False
+    return True
+
+
 @pytest.mark.parametrize(("name", "size", "dtype"), cases())
 def test_kernel(name: str, size: Shape, dtype: torch.dtype, benchmark: Any) -> None:
     operation = OPERATIONS[name]
@@ -208,13 +222,20 @@ def test_kernel(name: str, size: Shape, dtype: torch.dtype, benchmark: Any) -> N
         for variant in ours[:2]:
             assert_close(results[variant], results["torch.func.jvp"], f"{name}, {variant}")
 
+    theirs: dict[str, Callable[[], Any]] = {
+        "torch.func.jvp": lambda: function_jvp(function, primals, dprimals)
+    }
+    if name == "attention" and flash_accepts(primals, dprimals):
+        theirs["jvp_flash_attention"] = lambda: flash_jvp(primals, dprimals)
+        ours.append("jvp_flash_attention")
+
     with torch.no_grad():
         compare(
             benchmark,
             {
                 "tangentfast": on_backend("", run),
                 "reference": on_backend("reference", run),
-                "torch.func.jvp": lambda: function_jvp(function, primals, dprimals),
+                **theirs,
                 **runs,
             },
             check,

@@ -13,7 +13,12 @@ import torch
 from harness import DEVICE, SMOKE
 from torch import Tensor, nn
 
-OPEN_CLIP = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
+OPEN_CLIP = {
+    "ViT-B/32": "ViT-B-32",
+    "ViT-B/16": "ViT-B-16",
+    "ViT-L/14": "ViT-L-14",
+    "ViT-H/14": "ViT-H-14",
+}
 TIMM = {"ViT-Ti/16": "vit_tiny_patch16_224", "ViT-S/16": "vit_small_patch16_224"}
 
 

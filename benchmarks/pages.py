@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from bars import BARS
+from bars import verdicts
 from readings import CEILING, COPIES, Comparison, Run, slope
 from regimes import ATTENTION, COMPILED, ORDINARY, OURS, OURS_ATTENTION, PUBLISHED
 
@@ -115,13 +115,15 @@ def _head(run: Run) -> str:
 
 
 def _bars(run: Run) -> Iterator[str]:
-    rows = []
-    for bar in BARS:
-        value = bar.reading(run)
-        if value is not None:
-            sign = "≥" if bar.at_least else "≤"
-            verdict = "met" if bar.met(value) else "missed"
-            rows.append([bar.what, f"{sign} {number(bar.limit)}", number(value), verdict])
+    rows = [
+        [
+            bar.what,
+            f"{'≥' if bar.at_least else '≤'} {number(bar.limit)}",
+            number(value),
+            "met" if bar.met(value) else "missed",
+        ]
+        for bar, value in verdicts(run)
+    ]
     if rows:
         yield table(["figure", "bar", "measured", ""], rows)
 
@@ -341,9 +343,8 @@ def short(run: Run) -> str:
         parts.append(f"{title}\n\n" + step_table(run, step))
     lines = [
         f"- {bar.what}: {percent(value) if 'share' in bar.what else number(value)}"
-        for bar in BARS
+        for bar, value in verdicts(run)
         if bar.what.split(":")[0].startswith(("8 tangents", "α sweep", "× faster", "merge_"))
-        and (value := bar.reading(run)) is not None
     ]
     merge = [c for c in run.named("merge") if c.facts["K"] == 8]
     if merge:
