@@ -72,7 +72,8 @@ def test_publish(tmp_path: Path) -> None:
     }  # fmt: skip
     merge = {
         "name": "merge[8]", "suite": "merge", "took": 1.0,
-        "facts": {"K": 8, "N": 1000, "dtype": "float32", "tensors": 1, "unit": "B", "against": "add_ loop", "rounds": 1},
+        "facts": {"K": 8, "N": 1000, "dtype": "float32", "tensors": 1, "unit": "B",
+                  "against": "add_ loop", "rounds": 1},
         "variants": {"tangentfast": {"seconds": [1.1], "work": 10.0},
                      "add_ loop": {"seconds": [3.0], "work": 24.0},
                      "sum, then apply": {"seconds": [6.0], "work": 28.0},
@@ -85,7 +86,7 @@ def test_publish(tmp_path: Path) -> None:
     )  # fmt: skip
     assert path == tmp_path / "benchmarks/results/nvidia-h200/2026-01-01-abc.json"
     assert json.loads(path.read_text())["benchmarks"] == [record, merge]
-    assert short == "met     0.91 ≥ 0.85  merge_, K = 8: share of the copy ceiling\n"
+    assert short == "met      0.91 ≥ 0.85  merge_, K = 8: share of the copy ceiling\n"
     page = (tmp_path / "docs/benchmarks-gpu.md").read_text()
     assert "NVIDIA H200" in page
     assert "α sweep" in page
