@@ -18,7 +18,7 @@ class Info:
         version: of tangentfast.
         torch: version of torch.
         backend: what CPU tensors run on, ``"native"`` or ``"reference"``.
-        cuda_backend: the same for CUDA tensors.
+        cuda_backend: the same for CUDA tensors, ``"native, triton"`` where both have their ops.
         native: ``"present"``, or why the extension is not.
         isa: the instruction set that the CPU kernels use, ``"avx512"``, ``"avx2"`` or
             ``"baseline"``; empty without the extension.
@@ -62,12 +62,15 @@ def info() -> Info:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     backend = choose("merge_", cpu)  # the ops are compiled together: one speaks for all
     missing = native_problem("merge_", gpu)
+    # A backend that is named but not there for CUDA is no reason to say nothing of the rest.
+    ops = ("merge_", "attention_jvp")
+    there = [op for op in ops if not (native_problem(op, gpu) and triton_problem(op, gpu))]
+    found = sorted({choose(op, gpu) for op in there})
     return Info(
         version=metadata.version("tangentfast"),
         torch=torch.__version__,
         backend=backend,
-        # A backend that is named but not there for CUDA is no reason to say nothing of the rest.
-        cuda_backend="reference" if missing else choose("merge_", gpu),
+        cuda_backend=", ".join(found) or "reference",
         native=why or "present",
         isa=module.isa() if module is not None else "",
         cuda=missing or "built",
