@@ -161,19 +161,16 @@ def _distances(
     return torch.cat([differ, divergence], 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Thinned:
     """Some images of a split."""
 
     split: Split
     chosen: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return self.split.labels[self.chosen]
+    labels: Tensor
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.labels)
 
     def images(self, index: Tensor) -> Tensor:
         return self.split.images(self.chosen[index])
@@ -185,4 +182,5 @@ def _thinned(split: Split, most: int | None) -> Split:
         return split
     if most < 1:
         raise ValueError(f"disentanglement: images is {most}, expected at least 1")
-    return _Thinned(split, torch.arange(most) * len(split) // most)
+    chosen = torch.arange(most) * len(split) // most
+    return _Thinned(split, chosen, split.labels[chosen])
