@@ -78,7 +78,9 @@ class Mixtures:
         self.batch = batch
         self.keep_bytes = keep_bytes
         self.module: nn.Module = copy.deepcopy(encoder.module).to(self.device).eval()
-        self._weights = dict(self.module.named_parameters(remove_duplicate=False))
+        self._weights: dict[str, Tensor] = dict[str, Tensor](
+            self.module.named_parameters(remove_duplicate=False)
+        )
         if not tangent:  # merge_ writes buffers too, a tangent has none
             self._weights |= dict(self.module.named_buffers(remove_duplicate=False))
         self._dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
