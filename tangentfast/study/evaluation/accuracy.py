@@ -1,0 +1,129 @@
+"""Predictions and accuracies of mixtures, and how one of them is chosen."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tangentfast.study.evaluation.mixtures import Mixtures, Reduce, Request
+
+if TYPE_CHECKING:
+    from tangentfast.study.data import Split, Task
+
+# Accuracies are ratios of counts: what differs by less differs by rounding alone.
+ROUNDING = 1e-9
+
+
+def predictions(mixtures: Mixtures, split: Split, head: nn.Module, coefficients: Tensor) -> Tensor:
+    """The predicted class of every image of a split at each mixture.
+
+    Args:
+        mixtures: encoder and T task vectors.
+        split: N images.
+        head: features [n, D] -> logits [n, C]; used in evaluation mode, not changed.
+        coefficients: [G, T].
+
+    Returns:
+        int64 [G, N] on the CPU.
+
+    Raises:
+        ValueError, FloatingPointError: as `Mixtures.sweep`.
+    """
+    return mixtures.sweep(split, coefficients, argmax(mixtures, head))
+
+
+def accuracies(
+    mixtures: Mixtures, wanted: Sequence[tuple[Split, nn.Module, Tensor]]
+) -> list[Tensor]:
+    """The accuracy of each (split, head, coefficients [G, T]): float64 [G] in 0..1.
+
+    Raises:
+        ValueError, FloatingPointError: as `Mixtures.sweep`.
+    """
+    requests = [Request(s, rows, argmax(mixtures, head)) for s, head, rows in wanted]
+    found = mixtures.sweeps(requests)
+    return [
+        (predicted == split.labels.cpu()).double().mean(1)
+        for predicted, (split, _, _) in zip(found, wanted, strict=True)
+    ]
+
+
+def argmax(mixtures: Mixtures, head: nn.Module) -> Reduce:
+    """The head's prediction, for `Mixtures.sweep`."""
+    classify = placed(mixtures, head)
+    return lambda features, _: classify(features).argmax(-1)
+
+
+def placed(mixtures: Mixtures, head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A copy of the head where features are computed, in evaluation mode."""
+    return copy.deepcopy(head).to(mixtures.device).eval()
+
+
+def normalized(accuracy: Tensor, single: Tensor, names: Sequence[str]) -> Tensor:
+    """Mean over tasks of merged accuracy / single-task accuracy of the same regime.
+
+    Ortiz-Jimenez et al. 2023, arXiv:2305.12827.
+
+    Args:
+        accuracy: [..., T], of the merged model.
+        single: [T], of θ0 + τ_t on task t.
+        names: the tasks', for the message.
+
+    Returns:
+        [...]
+
+    Raises:
+        ValueError: a single-task accuracy is 0.
+    """
+    if not single.all():
+        zero = [name for name, a in zip(names, single.tolist(), strict=True) if not a]
+        raise ValueError(
+            f"normalised accuracy: the fine-tuned models of {', '.join(zero)} classify no image "
+            "rightly, expected a single-task accuracy above 0: train longer, or on more images"
+        )
+    return (accuracy / single).mean(-1)
+
+
+def first_best(score: Tensor) -> int:
+    """Index of the largest of [G]; of equal ones the first, which is the smallest α."""
+    return int((score >= score.max() - ROUNDING).nonzero()[0])
+
+
+def grid(alphas: Sequence[float], what: str) -> Tensor:
+    """The coefficients as float64 [A].
+
+    Raises:
+        ValueError: none, not finite, or not increasing.
+    """
+    if not len(alphas):
+        raise ValueError(f"{what}: alphas is empty, expected at least one coefficient")
+    if not all(math.isfinite(alpha) for alpha in alphas):
+        raise ValueError(f"{what}: alphas is {list(alphas)}, expected finite numbers")
+    values = torch.tensor([float(alpha) for alpha in alphas], dtype=torch.float64)
+    if not (values.diff() > 0).all():
+        raise ValueError(f"{what}: alphas is {list(alphas)}, expected increasing numbers")
+    return values
+
+
+def check_tasks(
+    what: str, mixtures: Mixtures, tasks: Sequence[Task], heads: Sequence[nn.Module]
+) -> None:
+    """One task and one head for each task vector, under different names.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    names = [task.name for task in tasks]
+    counts = (len(tasks), len(heads), len(mixtures.vectors))
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"{what}: {counts[0]} tasks, {counts[1]} heads and {counts[2]} task vectors, expected "
+            "one of each for every task"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{what}: tasks are {names}, expected different names")
