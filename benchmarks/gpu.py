@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,14 +91,18 @@ def run(stage: Stage, environment: dict[str, str], patience: int = 1) -> str:
     }
     started = time.perf_counter()
     with stage.log.open("w") as log:
+        # A session of its own, so that what a stopped stage has started does not disturb the next.
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=own | environment | stage.environment,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                stage.command, cwd=ROOT, env=own | environment | stage.environment,
-                stdout=log, stderr=subprocess.STDOUT, timeout=patience * stage.seconds, check=False,
-            )  # fmt: skip
-            outcome = "ok" if done.returncode == 0 else f"FAILED with {done.returncode}"
+            code = process.wait(timeout=patience * stage.seconds)
+            outcome = "ok" if code == 0 else f"FAILED with {code}"
         except subprocess.TimeoutExpired:
             outcome = f"STOPPED after its {patience * stage.seconds} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     lines = stage.log.read_text(errors="replace").strip().splitlines()
     return f"{outcome}, {time.perf_counter() - started:.0f} s; {lines[-1] if lines else ''}"
 

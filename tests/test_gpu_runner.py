@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ def test_outcomes() -> None:
     assert ok.endswith("; xy")
     assert gpu.run(python("bad", "print('why'); exit(3)"), {}).startswith("FAILED with 3, ")
     assert (gpu.LOGS / "bad.log").read_text() == "why\n"
-    slow = python("slow", "import time; print('in', flush=True); time.sleep(60)", seconds=1)
-    assert gpu.run(slow, {}).startswith("STOPPED after its 1 s")
+    orphan = "import time; time.sleep(5); open({!r}, 'w')".format(str(gpu.LOGS / "orphan"))
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {orphan!r}])"
+    assert gpu.run(python("slow", code, seconds=2), {}).startswith("STOPPED after its 2 s")
+    time.sleep(4)
+    assert not (gpu.LOGS / "orphan").exists()
     assert (
         gpu.run(python("no", "", needs="no-such-program"), {})
         == "left out: no no-such-program here"
