@@ -74,6 +74,13 @@ class Parts:
             encoder = load_encoder(model.library, model.name, model.pretrained, model.image_size)
         except ValueError as error:
             raise ConfigError(f"model: {error}") from error
+        kinds = [self.config.head.kind, *self.config.evaluate.head_study]
+        if "zero-shot" in kinds and encoder.text is None:
+            key = "head.kind" if kinds[0] == "zero-shot" else "evaluate.head_study"
+            raise ConfigError(
+                f'{key} asks for "zero-shot", but {encoder.name} has no text tower; expected '
+                '"prototype" or "probe"'
+            )
         encoder.module.to(self.config.device).eval()
         return encoder
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tangentfast as tf
+from tangentfast.fingerprint import fingerprint
 
 from .files import replacing, write_json
 from .log import Log
@@ -111,13 +112,14 @@ def finetune(
             f"finetune: {regime.name} trains nothing; expected a regime that does, such as "
             f"{regime.vectors_of}, whose task vectors it takes"
         )
-    memory = PeakMemory(torch.device(device))
-    run = Trainee(encoder, head, regime, options, device)
+    theta0 = fingerprint(dict(encoder.module.named_parameters()))
     identity = json.dumps(
-        [str(run.base), task.name, regime.name, asdict(options), seed], sort_keys=True
+        [encoder.name, theta0, task.name, regime.name, asdict(options), seed], sort_keys=True
     )
     if finished := _finished(out, identity):
         return finished
+    memory = PeakMemory(torch.device(device))
+    run = Trainee(encoder, head, regime, options, device)
     file = out / "checkpoint.pt"
     seconds, peak = _restore(run, file, identity)
 

@@ -1,4 +1,4 @@
-"""tangentfast.study.train: resuming, decay, clipping, accumulation and the order of images, by hand."""
+"""tangentfast.study.train: resuming, decay, clipping, accumulation, order of images, by hand."""
 
 from __future__ import annotations
 
@@ -184,6 +184,7 @@ def test_one_step_of_adamw_by_hand(tmp_path: Path, regime: str) -> None:
     named = dict(module.named_parameters())
     norm = torch.stack([named[n].grad.norm() for n in names]).norm()  # type: ignore[union-attr]
     theta0 = dict(encoder.module.named_parameters())
+    atol = 3e-8 if REGIMES[regime].tangent else 2e-7  # θ is rounded to its own magnitude
     for decay in ("tau", "theta"):
         done = tune(
             tmp_path / decay, replace(options, decay=decay), regime, encoder=encoder, seed=7
@@ -195,7 +196,7 @@ def test_one_step_of_adamw_by_hand(tmp_path: Path, regime: str) -> None:
             expected = -1e-3 * g / (g.abs() + 1e-8)
             if decay == "theta":
                 expected -= 1e-3 * 0.5 * theta0[name].detach()
-            torch.testing.assert_close(done.vector[name], expected, atol=3e-8, rtol=1e-4)
+            torch.testing.assert_close(done.vector[name], expected, atol=atol, rtol=1e-4)
     lines = [json.loads(line) for line in (tmp_path / "tau" / "log.jsonl").read_text().splitlines()]
     assert lines[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert lines[0]["lr"] == 1e-3
@@ -266,7 +267,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="posthoc trains nothing; expected .* nonlinear"):
+    with pytest.raises(ValueError, match=r"posthoc trains nothing; expected .* nonlinear"):
         tune(tmp_path, regime="posthoc")
     with pytest.raises(ValueError, match="train_head: Identity has no parameters"):
         tune(tmp_path, replace(OPTIONS, train_head=True), head=nn.Identity())
