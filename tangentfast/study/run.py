@@ -1,0 +1,249 @@
+"""A study from its configuration to its report, in stages that go on where they stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from .config import Config
+from .data import EMBEDDED, prepare
+from .experiments import Experiments, base_accuracy
+from .files import replacing, write_json
+from .parts import Parts, check
+from .regimes import REGIMES
+from .report import show, write
+from .tuning import Tuning, Tunings
+
+__all__ = ["STAGES", "Stage", "run"]
+
+Stage = Literal["prepare", "finetune", "evaluate", "report", "run"]
+STAGES: tuple[Stage, ...] = ("prepare", "finetune", "evaluate", "report", "run")
+
+
+def run(
+    config: Config, stage: Stage = "run", *, command: str = "", console: Console | None = None
+) -> None:
+    """Do one stage of a study, or all; what is done already is not done again.
+
+    Everything goes into the folder `config.out`: config.toml, logs, vectors, a cache by content,
+    results.json, and the report. Evaluating fine-tunes what is missing; only preparing downloads
+    data sets.
+
+    Args:
+        config: as `config.load` gives it.
+        stage: one of `STAGES`.
+        command: what the results name as the command that made them.
+        console: where progress is shown; standard error by default.
+
+    Raises:
+        ConfigError: the configuration cannot be run as it is.
+        AssetError, DataError: weights or images are not to be had; the message says what to do.
+        DivergedError, FloatingPointError: training or a merge gave numbers that are not finite.
+        OSError: a file cannot be written; none is left half-written.
+    """
+    console = console or Console(stderr=True)
+    if stage == "report":
+        return _report(config, console)
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    parts = Parts(config)
+    with _timed(config.out):
+        if stage in ("prepare", "run"):
+            _prepare(parts, console)
+        if stage == "prepare":
+            return None
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+            *(TimeRemainingColumn(), TextColumn("{task.fields[speed]}")),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            tunings = Tunings(parts, progress)
+            tunings.run()
+            found = _evaluate(parts, tunings, progress) if stage != "finetune" else {}
+    if stage != "finetune":
+        seconds = float((config.out / "seconds").read_text())
+        write_json(config.out / "results.json", _about(parts, command, seconds) | found)
+    if stage == "run":
+        _report(config, console)
+    return None
+
+
+def _prepare(parts: Parts, console: Console) -> None:
+    for name in parts.names:
+        if name not in EMBEDDED:
+            prepare(name, image_size=parts.encoder.image_size, root=parts.root)
+        task = parts.task(name)
+        images = f"{len(task.train)} + {len(task.val)} + {len(task.test)} images"
+        console.print(f"{name}: {len(task.classes)} classes, {images}, {task.source}")
+
+
+def _evaluate(parts: Parts, tunings: Tunings, progress: Progress) -> dict[str, Any]:
+    """The measured part of results.json."""
+    config = parts.config
+    regimes: dict[str, Any] = {}
+    study: list[dict[str, Any]] = []
+    total = len(config.train.regimes) * len(config.train.seeds)
+    bar = progress.add_task("evaluation", total=total, speed="")
+    for regime in config.train.regimes:
+        entry = regimes[regime] = _cost(regime, tunings)
+        for seed in config.train.seeds:
+            progress.update(bar, description=f"evaluation, {regime}, seed {seed}")
+            rows = {row.task: row for row in tunings.headline(regime, seed)}
+            entry["runs"].append(_measured(parts, tunings, regime, seed, rows))
+            if seed == config.train.seeds[0] and config.evaluate.head_study and config.pairs:
+                study += _head_study(parts, tunings, regime, rows)
+            progress.advance(bar)
+    base = {name: base_accuracy(parts, name) for name in config.data.tasks}
+    return {"base": base, "regimes": regimes, "head_study": study}
+
+
+def _cost(regime: str, tunings: Tunings) -> dict[str, Any]:
+    """What a regime's training took: the median step of all tasks and seeds, the highest peak."""
+    train = tunings.parts.config.train
+    lr, grid = tunings.chosen_lr(REGIMES[regime].vectors_of or regime)
+    rows = [row for seed in train.seeds for row in tunings.headline(regime, seed)]
+    figures = [tunings.figures(row) for row in rows]
+    return {
+        "label": REGIMES[regime].label,
+        "lr": lr,
+        "lr_grid": {f"{rate:g}": accuracy for rate, accuracy in grid.items()},
+        "lr_at_edge": len(grid) > 1 and lr in (min(grid), max(grid)),
+        "trained_parameters": figures[0]["trained_parameters"],
+        "seconds_per_step": median(f["seconds_per_step"] for f in figures),
+        "samples_per_second": median(f["samples_per_second"] for f in figures),
+        "peak_bytes": max(f["peak_bytes"] for f in figures),
+        "runs": [],
+    }
+
+
+def _measured(
+    parts: Parts, tunings: Tunings, regime: str, seed: int, rows: dict[str, Tuning]
+) -> dict[str, Any]:
+    """One entry of ``runs``."""
+    config = parts.config
+    vectors = {name: tunings.vector(row) for name, row in rows.items()}
+    heads = {name: tunings.head(row) for name, row in rows.items()}
+    every = Experiments(parts, regime, list(rows), list(vectors.values()), list(heads.values()))
+    added = every.addition()
+    found = {"seed": seed, "single": added["single"], "addition": added["addition"]}
+    if config.data.control:
+        found["negation"] = every.negation(config.data.control)
+    found["cosine"] = every.cosine()
+    if config.evaluate.subsets and len(rows) > 1:
+        found["subsets"] = every.subsets(added["addition"]["alpha"])
+    found["disentanglement"] = []
+    for pair in config.pairs:
+        two = [heads[name] for name in pair]
+        experiments = Experiments(parts, regime, pair, [vectors[name] for name in pair], two)
+        found["disentanglement"] += experiments.disentanglement({config.head.kind: two})
+    return found
+
+
+def _head_study(
+    parts: Parts, tunings: Tunings, regime: str, rows: dict[str, Tuning]
+) -> list[dict[str, Any]]:
+    """ξ of the first pair under several heads and of its representation (Jin et al. 2024)."""
+    wanted, pair = parts.config.evaluate.head_study, parts.config.pairs[0]
+    frozen: dict[str, list[nn.Module]] = {
+        kind: [parts.head(n, kind) for n in pair] for kind in wanted if kind != "trained"
+    }
+    vectors = [tunings.vector(rows[name]) for name in pair]
+    two = [parts.head(name) for name in pair]
+    found = Experiments(parts, regime, pair, vectors, two).disentanglement(frozen)
+    if "trained" in wanted:
+        # Encoder and head fine-tuned together: other task vectors, at the rate of the headline.
+        both = [
+            Tuning(row.regime, row.task, row.seed, row.lr, train_head=True)
+            for row in (rows[name] for name in pair)
+        ]
+        vectors, two = [tunings.vector(row) for row in both], [tunings.head(row) for row in both]
+        trained = Experiments(parts, regime, pair, vectors, two).disentanglement({"trained": two})
+        found += [entry for entry in trained if entry["head"] == "trained"]
+    return [{"regime": regime} | entry for entry in found]
+
+
+def _about(parts: Parts, command: str, seconds: float) -> dict[str, Any]:
+    """What results.json says beside the measurements."""
+    config, encoder = parts.config, parts.encoder
+    tasks = [parts.task(name) for name in parts.names]
+    cuda = torch.device(config.device).type == "cuda"
+    device = torch.cuda.get_device_name(config.device) if cuda else config.device
+    return {
+        "schema": 1,
+        "name": config.name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "versions": _versions(),
+        "machine": {"cpu": _cpu(), "device": device, "threads": torch.get_num_threads()},
+        "config": config.model_dump(mode="json"),
+        "command": command,
+        "model": {
+            "name": encoder.name,
+            "library": config.model.library,
+            "pretrained": config.model.pretrained,
+            "parameters": sum(p.numel() for p in encoder.module.parameters()),
+            "image_size": encoder.image_size,
+        },
+        "head": config.head.kind,
+        "tasks": [
+            {
+                "name": task.name,
+                "classes": len(task.classes),
+                "train": len(task.train),
+                "val": len(task.val),
+                "test": len(task.test),
+                "source": task.source,
+            }
+            for task in tasks
+        ],
+        "control": config.data.control,
+        "seeds": config.train.seeds,
+    }
+
+
+def _report(config: Config, console: Console) -> None:
+    pages = write(config.out)
+    show(json.loads((config.out / "results.json").read_text(encoding="utf-8")))
+    console.print(f"report: {pages[0]}")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("tangentfast", "torch", "timm", "open_clip_torch", "torchvision"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _timed(out: Path) -> Iterator[None]:
+    """Add the seconds of a block, interrupted or not, to those spent on this folder so far."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        file = out / "seconds"
+        before = float(file.read_text()) if file.exists() else 0.0
+        with replacing(file) as part:
+            part.write_text(str(before + time.perf_counter() - began))
