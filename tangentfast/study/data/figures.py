@@ -103,21 +103,17 @@ def draw_shape(random: Random, label: int, size: int) -> Image.Image:
 
 
 def draw_count(random: Random, label: int, size: int) -> Image.Image:
-    """As many discs as the class says, of several sizes; sometimes a square that does not count."""
+    """As many discs as the class says, of several sizes, none touching another."""
     ink, ground = colours(random)
     picture = paper(random, size, ground)
     draw = ImageDraw.Draw(picture)
-    discs, squares = label + 1, int(random.integers(2))
     placed: list[tuple[np.ndarray, float]] = []
-    while len(placed) < discs + squares:
-        radius = size * random.uniform(0.07, 0.12)
+    while len(placed) <= label:
+        radius = size * random.uniform(0.08, 0.12)
         centre = random.uniform(radius, size - radius, 2)
-        if all(np.hypot(*(centre - c)) > radius + r + size * 0.03 for c, r in placed):
+        if all(np.hypot(*(centre - c)) > radius + r + size * 0.04 for c, r in placed):
             placed.append((centre, radius))
-    for centre, radius in placed[:discs]:
-        draw.ellipse((*(centre - radius), *(centre + radius)), ink)
-    for centre, radius in placed[discs:]:
-        draw.polygon(_place(SHAPES["square"], centre, radius, random.uniform()), ink)
+            draw.ellipse((*(centre - radius), *(centre + radius)), ink)
     return picture
 
 
