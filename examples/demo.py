@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,24 +28,33 @@ from torch.nn import functional as F
 
 import tangentfast as tf
 from tangentfast.study.assets import AssetError, dinov2_vit_small
-from tangentfast.study.prototypes import PrototypeHead
+from tangentfast.study.data import Split, Task, load_task
+from tangentfast.study.encoders import Encoder, encode
+from tangentfast.study.heads import PrototypeHead
 from tangentfast.study.report import plot, show
-from tangentfast.study.tasks import Split, Task, load_tasks, normalize
 
 ALPHAS = [i / 20 for i in range(25)]  # 0, the base network, to 1.2
 
 
-def batches(split: Split, size: int = 50) -> Iterator[Tensor]:
-    return map(normalize, split.images.split(size))
+def load_tasks(
+    names: Sequence[str] = ("digits", "animals", "letters"),
+    *,
+    seed: int = 0,
+    sizes: tuple[int, int, int] = (800, 150, 300),
+) -> list[Task]:
+    return [load_task(name, image_size=56, seed=seed, sizes=sizes) for name in names]
+
+
+def wrapped(module: nn.Module) -> Encoder:
+    return Encoder("DINOv2 ViT-S/14", module, image_size=56)
 
 
 def accuracy(head: PrototypeHead, features: Tensor, split: Split) -> float:
     return (head(features).argmax(-1) == split.labels).float().mean().item()
 
 
-@torch.no_grad()
 def features(encoder: nn.Module, split: Split) -> Tensor:
-    return torch.cat([encoder(images) for images in batches(split)])
+    return encode(wrapped(encoder), split, batch=50)
 
 
 def fine_tune(
@@ -57,14 +66,14 @@ def fine_tune(
     optimizer = torch.optim.AdamW(lin.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
-    images, labels = task.train
+    normalize, labels = wrapped(encoder).normalize, task.train.labels
     epochs = [
         torch.randperm(len(labels), generator=generator)
         for _ in range(1 + steps * batch // len(labels))
     ]
     order = torch.cat(epochs)[: steps * batch].split(batch)
     for chosen in track(order, description=f"fine-tuning on {task.name:<8}"):
-        loss = F.cross_entropy(head(lin(normalize(images[chosen]))), labels[chosen])
+        loss = F.cross_entropy(head(lin(normalize(task.train.images(chosen)))), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -78,7 +87,9 @@ def tangents(
 ) -> tuple[Tensor, Tensor]:
     """f(x; θ0) [N, D] and every J(x) τ_k [K, N, D]: all that any mixture of the vectors needs."""
     outs, douts = [], []
-    for images in batches(split):
+    normalize = wrapped(encoder).normalize
+    for index in torch.arange(len(split)).split(50):
+        images = normalize(split.images(index))
         out, tangents = tf.jvp(encoder, (images,), params=vectors)
         outs.append(out)
         douts.append(torch.stack(tangents))

