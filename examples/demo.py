@@ -17,19 +17,22 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure  # no pyplot: no global state and no display
+from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tangentfast as tf
 from tangentfast.study.assets import AssetError, dinov2_vit_small
 from tangentfast.study.prototypes import PrototypeHead
-from tangentfast.study.report import plot, show
 from tangentfast.study.tasks import Split, Task, load_tasks, normalize
 
 ALPHAS = [i / 20 for i in range(25)]  # 0, the base network, to 1.2
@@ -149,6 +152,42 @@ def run(
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     plot(figures, out / "accuracy-over-alpha.png")
     return figures
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """Print the test accuracies of `figures["test_accuracy"]` in percent: tasks × models."""
+    headings = {
+        "base": "base network",
+        "fine_tuned_tangent": "fine-tuned in tangent\nspace, one model a task",
+        "merged_tangent": f"merged in tangent space\nalpha = {figures['alpha']:.2f}, one model",
+        "merged_ordinary": "ordinary network after\nmerge_, the same alpha",
+    }
+    table = Table("task", title="test accuracy, %")
+    columns = []
+    for name, heading in headings.items():
+        table.add_column(heading, justify="right")
+        accuracies = figures["test_accuracy"][name]
+        columns.append([*accuracies, sum(accuracies) / len(accuracies)])
+    for task, *row in zip([*figures["tasks"], "mean"], *columns, strict=True):
+        last = task == figures["tasks"][-1]
+        table.add_row(task, *(f"{100 * value:.1f}" for value in row), end_section=last)
+    Console().print(table)
+
+
+def plot(figures: Mapping[str, Any], path: Path) -> None:
+    """Draw test accuracy over α for each task, and the validation mean that chose α, as PNG."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    curves = figures["accuracy_over_alpha"]
+    for task, curve in zip(figures["tasks"], curves["test"], strict=True):
+        axes.plot(figures["alphas"], curve, label=f"{task}, test")
+    mean = torch.tensor(curves["val"]).mean(0)
+    axes.plot(figures["alphas"], mean, "k--", label="mean, validation")
+    axes.axvline(figures["alpha"], color="grey", linewidth=0.8)
+    axes.set(xlabel=r"$\alpha$", ylabel="accuracy")
+    axes.set_title(r"$f(x; \theta_0) + \alpha\, J(x) \sum_k \tau_k$")
+    axes.legend()
+    figure.savefig(path, dpi=120, backend="agg")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
