@@ -246,7 +246,8 @@ def _relative(
                     if regime in results.regimes
                 ]
                 ratio = found[0] / found[1] if len(found) == 2 and found[1] else math.nan
-                cells.append(Spread.over([ratio]).text(significant))
+                told_here = Spread.over([ratio]).text(significant)
+                cells.append(told_here if name in results.regimes else "not run")
             yield heading, label, *cells, *("–" if v is None else significant(v) for v in told)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from synthetic_results import TASKS, results
 
 from tangentfast.study.report.figures import draw, files
+from tangentfast.study.report.figures.bars import cost
 from tangentfast.study.report.figures.runs import by_run
 from tangentfast.study.report.figures.style import look
 from tangentfast.study.report.schema import load
@@ -94,8 +95,8 @@ def test_overlaps_are_found() -> None:
 
 
 def test_long_names_and_other_shapes() -> None:
-    names = tuple(f"a rather long name of task {i}" for i in range(12))
-    for name, figure in drawn(results(tasks=names, seeds=(0,))).items():
+    names = tuple(f"a rather long name of task {i}" for i in range(10))
+    for name, figure in drawn(results(names, (0,), ("nonlinear", "attention-tangent"))).items():
         assert overlaps(figure) == [], name
     for name, figure in drawn(results(tasks=("a", "b"), regimes=("ntk",))).items():
         assert overlaps(figure) == [], name
@@ -183,7 +184,7 @@ def test_an_unknown_regime_gets_a_free_colour() -> None:
 
 def test_files_are_pictures_and_the_same_each_time() -> None:
     def written() -> dict[str, bytes]:
-        drawing = next(d for d in draw(load(results())) if d.name == "cost")
+        (drawing,) = cost(load(results(tasks=("a", "b"), seeds=(0,))))
         return files(drawing)
 
     first = written()
@@ -198,14 +199,14 @@ def test_files_are_pictures_and_the_same_each_time() -> None:
 
 
 def test_values_that_are_not_there() -> None:
-    found = results(tasks=("a", "b"), seeds=(0, 1))
+    found = results(tasks=("a", "b", "c"), seeds=(0, 1), regimes=("ntk",))
     for regime in found["regimes"].values():
         for run in regime["runs"]:
             run["disentanglement"][0]["xi"][3] = [math.nan] * 11
             run["addition"]["test"]["a"] = [None] * 21
             run["addition"]["alpha"] = None
             run["single"]["a"] = math.nan
-            run["cosine"] = [[1.0, math.nan], [math.nan, 1.0]]
+            run["cosine"] = [[math.nan] * 3] * 3
             run["negation"] |= {"target": math.nan, "control": math.nan}
     for name, figure in drawn(found).items():
         FigureCanvasAgg(figure).draw()

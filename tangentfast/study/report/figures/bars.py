@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ..measures import MEASURE, Spread, merged
 from ..schema import Results
-from .style import INK, Drawing, empty, key, legend, look
+from .style import INK, Drawing, empty, key, legend, look, short
 
 __all__ = ["by_task", "cost", "heads", "negation", "radar"]
 
@@ -59,9 +59,10 @@ def by_task(results: Results) -> Iterator[Drawing]:
     for i, task in enumerate(tasks):
         value = results.base.get(task, math.nan)
         axes.plot([i - 0.46, i + 0.46], [value, value], ":", color=INK, linewidth=1.1)
-    crowded = max(map(len, tasks)) * len(tasks) > 90
+    names = [short(task) for task in tasks]
+    crowded = max(map(len, names)) * len(names) > 90
     turn: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axes.set_xticks(range(len(tasks)), tasks, **turn)
+    axes.set_xticks(range(len(tasks)), names, **turn)
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(ylabel="test accuracy", ylim=(0, 1.04), xlim=(-0.6, len(tasks) - 0.4))
@@ -117,7 +118,7 @@ def radar(results: Results) -> Iterator[Drawing]:
             [0.25, 0.5, 0.75, 1.0], ["25 %", "50 %", "75 %", "100 %"], fontsize=7, alpha=0.7
         )
         axes.set_rlabel_position(180 / len(tasks))  # between two spokes
-        axes.set_xticks(angles, tasks)
+        axes.set_xticks(angles, [short(task, 14) for task in tasks])
         axes.tick_params(axis="x", pad=3)
         for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
             side = np.sin(angle)

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from ..measures import Spread
 from ..schema import Map, Results
-from .style import Drawing, look
+from .style import Drawing, look, short
 
 __all__ = ["cosines", "disentanglement"]
 
@@ -72,20 +72,16 @@ def _row(results: Results, tasks: Sequence[str], maps: Mapping[str, Sequence[Map
         axes.set_title(f"{look(results, name).label}\n{box}")
         axes.set_box_aspect(1)
         axes.set_facecolor("#bbbbbb")  # where there is no value
-        axes.set_xlabel(f"α1, {_short(tasks[0])}")
+        axes.set_xlabel(f"α1, {short(tasks[0])}")
         ticks = sorted({alphas[0], 0.0, 1.0, alphas[-1]} if alphas[-1] > alphas[0] else {alphas[0]})
         axes.set_xticks(ticks)
         axes.set_yticks(ticks)
         axes.spines[:].set_visible(False)
-    panels[0].set_ylabel(f"α2, {_short(tasks[1])}")
+    panels[0].set_ylabel(f"α2, {short(tasks[1])}")
     if mesh is not None:
         extend = "max" if values.size and values.max() > top else "neither"
         figure.colorbar(mesh, ax=panels, label="ξ", extend=extend, shrink=0.7, aspect=14)
     return figure
-
-
-def _short(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def cosines(results: Results) -> Iterator[Drawing]:
@@ -95,7 +91,7 @@ def cosines(results: Results) -> Iterator[Drawing]:
         for name, regime in results.regimes.items()
         if any(run.cosine for run in regime.runs)
     }
-    tasks = [_short(task.name, 14) for task in results.tasks]
+    tasks = [short(task.name, 14) for task in results.tasks]
     if not matrices or len(tasks) < 2:
         return
     size = max(2.2, 0.36 * len(tasks) + 0.4)

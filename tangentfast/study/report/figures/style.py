@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from ..schema import Results
 
-__all__ = ["INK", "Drawing", "Look", "empty", "files", "key", "legend", "look"]
+__all__ = ["INK", "Drawing", "Look", "empty", "files", "key", "legend", "look", "short"]
 
 INK = "#1b1f24"
 # Okabe and Ito's colours, which the colour-blind tell apart; markers and lines do so in print.
@@ -40,6 +40,7 @@ STYLE: Any = {
     "grid.color": INK,
     "grid.alpha": 0.15,
     "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # a name with $ in it is a name
     "svg.hashsalt": "tangentfast",  # the same results give the same bytes
 } | dict.fromkeys(
     ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
@@ -93,6 +94,12 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     rows = math.ceil(len(handles) / max(1, int(room)))
     columns = math.ceil(len(handles) / rows)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def short(name: str, length: int = 18) -> str:
+    """`name` in at most `length` letters: names that start alike often differ at the end."""
+    end = length // 3
+    return name if len(name) <= length else f"{name[: length - end - 1]}…{name[-end:]}"
 
 
 def empty(axes: Axes, text: str = "no value") -> None:
