@@ -18,7 +18,7 @@ __all__ = ["ResultsError", "compare", "show", "write"]
 
 
 def write(run: Path) -> list[Path]:
-    """Write the report of the run folder `run`, and return the files, report.html last.
+    """Write the report of the run folder `run`, and return the files, report.html first.
 
     report.html has everything in one page; report.md the same for reading in git; tables/*.tex and
     figures/*.{png,svg} are for papers.

@@ -12,6 +12,9 @@ __all__ = ["publish"]
 def publish(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     """Write `files` (path under `folder` -> content); what was there stays until all are on disk.
 
+    They appear in the order given, the page that shows the others last, and are returned with it
+    first.
+
     Raises:
         OSError: They could not be written, and then none of them was.
     """
@@ -32,4 +35,4 @@ def publish(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         raise
     for partial, path in written:
         os.replace(partial, path)
-    return [path for _, path in written]
+    return [path for _, path in reversed(written)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .measures import MEASURE, MEASURES, Spread, mean, merged, percent, rate, significant
 from .published import PUBLISHED, RELATIVE, SOURCES
@@ -92,6 +93,32 @@ def _negated(key: str) -> Callable[[Run, str], float]:
         return getattr(found, key) if found else math.nan
 
     return value
+
+
+def _negation(results: Results) -> list[Table | None]:
+    """Accuracy on the negated task and on the control, by negated task."""
+    target = _by_task(
+        results, "negation-target", "Negation: accuracy on the negated task, %",
+        _negated("target"), results.base, min,
+    )  # fmt: skip
+    control = _by_task(
+        results, "negation-control", "Negation: accuracy on the control task, %",
+        _negated("control"), None, None,
+    )  # fmt: skip
+    found = [
+        negated
+        for regime in results.regimes.values()
+        for run in regime.runs
+        if run.negation
+        for negated in run.negation.tasks.values()
+    ]
+    kept = sum(not negated.reached for negated in found)
+    if target and kept:
+        note = (
+            f" In {kept} of {len(found)} cases no α > 0 keeps the control, and nothing is negated."
+        )
+        target = replace(target, note=target.note + note)
+    return [target, control]
 
 
 def pairs(results: Results) -> Table | None:
@@ -264,14 +291,7 @@ def tables(results: Results) -> list[Table]:
             results, "single", "Single-task accuracy, %",
             lambda run, task: run.single.get(task, math.nan), results.base,
         ),
-        _by_task(
-            results, "negation-target", "Negation: accuracy on the negated task, %",
-            _negated("target"), results.base, min,
-        ),
-        _by_task(
-            results, "negation-control", "Negation: accuracy on the control task, %",
-            _negated("control"), None, None,
-        ),
+        *_negation(results),
         pairs(results),
         head_study(results),
         subsets(results),

@@ -67,7 +67,7 @@ def run_folder(folder: Path, content: dict[str, Any]) -> Path:
 
 def test_files(written: tuple[Path, list[Path]]) -> None:
     run, paths = written
-    assert paths[-1] == run / "report.html"
+    assert paths[0] == run / "report.html"
     assert len(paths) == len(set(paths)) == 2 + 10 + 2 * 11
     found = {path for path in run.rglob("*") if path.is_file()}
     assert found == {*paths, run / "results.json"}
@@ -202,7 +202,7 @@ def test_compare(tmp_path: Path) -> None:
     second = run_folder(tmp_path / "second", fewer)
     out = tmp_path / "new" / "out"
     paths = compare([first, second], out)
-    assert paths[-1] == out / "compare.html"
+    assert paths[0] == out / "compare.html"
     assert {path for path in out.rglob("*") if path.is_file()} == set(paths)
     page = Page((out / "compare.html").read_text())
     assert len(page.images) == 1

@@ -92,6 +92,15 @@ def test_merged_by_task_is_at_the_chosen_alpha() -> None:
     )
 
 
+def test_negation_that_the_control_forbids_is_told() -> None:
+    found = results(tasks=("a", "b"), seeds=(0,), regimes=("nonlinear", "ntk"))
+    table = next(t for t in tables(load(found)) if t.name == "negation-target")
+    assert "no α > 0" not in table.note
+    found["regimes"]["ntk"]["runs"][0]["negation"]["tasks"]["a"]["reached"] = False
+    table = next(t for t in tables(load(found)) if t.name == "negation-target")
+    assert "In 1 of 4 cases no α > 0 keeps the control, and nothing is negated." in table.note
+
+
 def test_written_forms() -> None:
     table = Table(
         "t", "50 % of a_b", ("a|b", "α & ξ"), (("x_1 <b>", "1.0 ± 0.5"), ("y*", "–")),
