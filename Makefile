@@ -11,8 +11,8 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(READY)  ## fine-tune a real ViT on three tasks in tangent space and merge it (5 minutes)
-	$(RUN) examples/demo.py --out demo-output
+demo: $(READY)  ## a small study: a real ViT fine-tuned on three tasks and merged, with its report (5 minutes)
+	$(VENV)/bin/tangentfast study run --preset demo --out demo-output
 
 test: $(READY)  ## run the tests (10 minutes)
 	$(RUN) -m pytest -q
@@ -43,5 +43,5 @@ $(VENV)/.libraries: pyproject.toml
 	touch $@
 
 $(READY): $(VENV)/.libraries $(NATIVE)
-	$(VENV)/bin/pip install -q --no-build-isolation -e ".[models,demo,bench,test,dev]"
+	$(VENV)/bin/pip install -q --no-build-isolation -e ".[models,study,bench,test,dev]"
 	touch $@
