@@ -1,14 +1,15 @@
 """The eight data sets of the papers, and ImageNet as control, with the protocol's splits.
 
 Six come through torchvision, in the folders that it lays out and downloads. RESISC45 and SUN397
-come through Hugging Face `datasets`: `timm/resisc45` has the published split of 18,900 training and
-6,300 test images, `tanganke/sun397` the first official partition, 19,850 and 19,850, of which
-torchvision's SUN397 knows nothing; both are parquet, so no code of a repository is run. Cars
-are no longer served where torchvision looks: without the folder, `tanganke/stanford_cars` (8,144
-and 8,041) is taken.
+come through Hugging Face `datasets`: `timm/resisc45` has 18,900 training and 6,300 test images,
+`tanganke/sun397` 19,850 and 19,850, the size of the official partitions, which torchvision's SUN397
+does not have; both are parquet, so no code of a repository is run. Cars are no longer served where
+torchvision looks: without the folder, `tanganke/stanford_cars` is taken.
 
 Validation is min(10 %, 5,000) of the training images, seed 0. EuroSAT was published without splits:
-a tenth, 2,700 images, is the test split, drawn with seed 0. The papers use 2,700 too, others.
+as in the papers' code 21,600 / 2,700 / 2,700 images are drawn, here with seed 0, so ours are others
+of the same number; DTD's train and val are one training split there, and so here
+(github.com/mlfoundations/task_vectors, issue 1).
 """
 
 from __future__ import annotations
@@ -174,8 +175,9 @@ def eurosat(root: Path, download: bool) -> Source:
     (every,) = _torchvision("eurosat", root, "eurosat/2750/<class>/", make, (str(root),))
     if missing := sorted(set(EUROSAT) ^ set(every.classes)):
         raise DataError(f"eurosat: folders {missing} of {root} are missing, or are no classes")
-    train, test = hold_out(_samples(every), len(every) // 10)
-    return _source([EUROSAT[folder] for folder in every.classes], train, test)
+    tenth = len(every) // 10
+    rest, test = hold_out(_samples(every), tenth)
+    return Source(tuple(EUROSAT[folder] for folder in every.classes), *hold_out(rest, tenth), test)
 
 
 def gtsrb(root: Path, download: bool) -> Source:
