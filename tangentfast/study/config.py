@@ -123,7 +123,8 @@ class Train(Section):
         batch: images that are processed at once.
         accumulate: batches to a step.
         lr: the grid of peak learning rates; with several, each regime takes the one with the best
-            mean validation accuracy over tasks with the first seed.
+            mean validation accuracy over `lr_tasks` with the first seed.
+        lr_tasks: the tasks that it is chosen on; all by default.
         weight_decay: AdamW's, decoupled.
         decay: what is pulled to zero: τ, or θ = θ0 + τ, as in the papers' code.
         warmup: steps of linear warm-up; at most half of all are.
@@ -140,6 +141,7 @@ class Train(Section):
     batch: PositiveInt = 128
     accumulate: PositiveInt = 1
     lr: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-5]
+    lr_tasks: Annotated[list[str], Field(min_length=1)] | None = None
     weight_decay: NonNegativeFloat = 0.1
     decay: Literal["tau", "theta"] = "theta"
     warmup: NonNegativeInt = 500
@@ -303,11 +305,15 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
         "train.regimes": train.regimes,
         "train.seeds": train.seeds,
         "train.lr": train.lr,
+        "train.lr_tasks": train.lr_tasks or (),
         "evaluate.head_study": evaluate.head_study,
     }
     for key, values in lists.items():
         if twice := [v for i, v in enumerate(values) if v in values[:i]]:
             yield key, f"has {twice[0]!r} twice; expected different ones"
+    for i, name in enumerate(train.lr_tasks or ()):
+        if name not in data.tasks:
+            yield f"train.lr_tasks[{i}]", f"is {name!r}; expected one of data.tasks"
     if data.control in data.tasks:
         yield "data.control", f"is {data.control!r}; expected a task that is not in data.tasks"
     if (train.steps is None) == (train.epochs is None):

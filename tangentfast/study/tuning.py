@@ -72,10 +72,10 @@ class Tunings:
         return [Tuning(name, task, seed, lr, config.head.train) for task in config.data.tasks]
 
     def chosen_lr(self, regime: str) -> tuple[float, dict[float, float]]:
-        """The rate with the best mean validation accuracy over tasks, and the accuracy of each.
+        """The rate with the best mean validation accuracy, and the accuracy of each.
 
-        With the first seed; of equal ones the smallest. A rate at which training diverged counts
-        as 0. Task vectors of the others are removed.
+        Over the tasks of ``train.lr_tasks``, with the first seed; of equal ones the smallest. A
+        rate at which training diverged counts as 0. Task vectors of the others are removed.
 
         Raises:
             DivergedError: training diverged at every rate.
@@ -84,7 +84,7 @@ class Tunings:
         grid = {
             lr: [
                 Tuning(regime, task, config.train.seeds[0], lr, config.head.train)
-                for task in config.data.tasks
+                for task in config.train.lr_tasks or config.data.tasks
             ]
             for lr in sorted(config.train.lr)
         }

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..files import replacing, write_json
 from .task import Task, TensorSplit
 
 __all__ = ["DataError", "Samples", "Source", "load_prepared", "prepare_source", "prepared_folder"]
@@ -105,8 +104,7 @@ def prepare_source(
             manifest["splits"][part] = _write_split(
                 name, folder, part, getattr(source, part), len(classes), image_size
             )
-            with _replacing(folder / "manifest.json") as file:
-                file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+            write_json(folder / "manifest.json", manifest)
         except OSError as error:
             raise DataError(
                 f"{name}: cannot write {part} to {folder}: {error}; free space or choose another "
@@ -182,7 +180,11 @@ def _write_split(
     images, labels_file = _files(part)
     labels = np.empty(len(samples), np.int64)
     # Written as a stream: on a full disk a mapped file ends the process, a write raises.
-    with _replacing(folder / images) as file, ThreadPoolExecutor() as pool:
+    with (
+        replacing(folder / images) as whole,
+        whole.open("wb") as file,
+        ThreadPoolExecutor() as pool,
+    ):
         header = {
             "descr": "|u1",
             "fortran_order": False,
@@ -201,23 +203,9 @@ def _write_split(
                 labels[i] = label
         if part == "train" and (empty := sorted(set(range(classes)) - set(labels.tolist()))):
             raise DataError(f"{name}: every class needs an image to train on, {empty} have none")
-    with _replacing(folder / labels_file) as file:
+    with replacing(folder / labels_file) as whole, whole.open("wb") as file:
         np.save(file, labels)
     return {file: _entry(folder / file) for file in (images, labels_file)}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well, and is removed otherwise."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
