@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 pytest.importorskip("sklearn")
 
-from study import standins
+from study import toys
 
 import tangentfast as tf
 from tangentfast import cli
@@ -63,7 +63,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's adapter module, and no collection of garbage before each measure of memory."""
 
     def encoder(pretrained: str | None, image_size: int | None) -> Encoder:
-        return Encoder("tiny", standins.encoder(seed=3).module, image_size or 16)
+        return Encoder("tiny", toys.encoder(seed=3).module, image_size or 16)
 
     found = types.ModuleType("tiny_adapter")
     found.encoder = encoder  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("timm")
 
-from study import standins
+from study import toys
 
 import tangentfast as tf
 from tangentfast.study.regimes import REGIMES
@@ -45,9 +45,9 @@ class Stopped(BaseException):
 
 
 def tune(out: Path, options: TrainOptions = OPTIONS, regime: str = "ntk", **more: Any) -> Finetuned:
-    encoder = more.pop("encoder", None) or standins.encoder()
-    head = more.pop("head", None) or standins.Head(32, 4)
-    task = more.pop("task", None) or standins.task()
+    encoder = more.pop("encoder", None) or toys.encoder()
+    head = more.pop("head", None) or toys.Head(32, 4)
+    task = more.pop("task", None) or toys.task()
     more = {"seed": 0, "device": "cpu"} | more
     return finetune(encoder, head, task, REGIMES[regime], options, out=out, **more)
 
@@ -91,7 +91,7 @@ def test_interrupted_and_resumed_is_bit_for_bit(
         assert whole.head is not None
         assert parts.head is not None
         assert torch.equal(whole.head["weight"], parts.head["weight"])
-        assert not torch.equal(whole.head["weight"], standins.Head(32, 4).weight)
+        assert not torch.equal(whole.head["weight"], toys.Head(32, 4).weight)
     assert sorted(f.name for f in (tmp_path / "parts").iterdir() if f.is_file()) == sorted(
         ["log.jsonl", "result.json", "vector.safetensors"] + ["head.safetensors"] * train_head
     )
@@ -101,7 +101,7 @@ def test_an_error_between_checkpoints_loses_no_step(tmp_path: Path) -> None:
     class Broken(nn.Module):
         def __init__(self, limit: float) -> None:
             super().__init__()
-            self.head, self.calls, self.limit = standins.Head(32, 4), 0, limit
+            self.head, self.calls, self.limit = toys.Head(32, 4), 0, limit
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
@@ -162,7 +162,7 @@ def test_another_ones_folder_is_refused(tmp_path: Path) -> None:
         {"seed": 1},
         {"regime": "attention"},
         {"options": replace(OPTIONS, lr=2e-3)},
-        {"encoder": standins.encoder(seed=1)},
+        {"encoder": toys.encoder(seed=1)},
     ):
         with pytest.raises(ValueError, match=r"is of .* expected .* give another folder"):
             tune(tmp_path, **change)
@@ -171,7 +171,7 @@ def test_another_ones_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("regime", TRAINED)
 def test_one_step_of_adamw_by_hand(tmp_path: Path, regime: str) -> None:
     """From zero moments the first update is −η g/(|g| + ε): only gradient and decay matter."""
-    encoder, head, task = standins.encoder(), standins.Head(32, 4), standins.task()
+    encoder, head, task = toys.encoder(), toys.Head(32, 4), toys.task()
     options = replace(OPTIONS, steps=1, batch=8, accumulate=3, clip=1e-6, weight_decay=0.5)
     module = copy.deepcopy(encoder.module)
     names = [n for n, p in module.named_parameters()]
@@ -205,7 +205,7 @@ def test_one_step_of_adamw_by_hand(tmp_path: Path, regime: str) -> None:
 @pytest.mark.parametrize("regime", TRAINED)
 def test_decay_pulls_tau_or_theta(tmp_path: Path, regime: str) -> None:
     """With a strong decay and a still gradient, τ → 0 under "tau", θ → 0 under "theta"."""
-    encoder = standins.encoder()
+    encoder = toys.encoder()
     options = replace(OPTIONS, steps=20, batch=4, lr=1e-6, weight_decay=2e5, warmup=0)
     theta0 = dict(encoder.module.named_parameters())
     pulled = tune(tmp_path / "theta", replace(options, decay="theta"), regime, encoder=encoder)
@@ -220,7 +220,7 @@ def test_decay_pulls_tau_or_theta(tmp_path: Path, regime: str) -> None:
 
 @pytest.mark.parametrize("regime", TRAINED)
 def test_it_learns_and_leaves_the_base_alone(tmp_path: Path, regime: str) -> None:
-    encoder, head, task = standins.encoder(), standins.Head(32, 4), standins.task()
+    encoder, head, task = toys.encoder(), toys.Head(32, 4), toys.task()
     before = {n: t.clone() for n, t in encoder.module.state_dict().items()}
     with torch.no_grad():
         right = head(encoder.module(encoder.normalize(task.val.pixels))).argmax(1)
@@ -257,7 +257,7 @@ def test_bfloat16_is_near_float32_and_tau_stays_wide(tmp_path: Path, regime: str
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
-    class Head(standins.Head):
+    class Head(toys.Head):
         def forward(self, features: Tensor) -> Tensor:
             return super().forward(features) * math.nan
 

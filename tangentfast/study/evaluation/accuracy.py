@@ -64,33 +64,29 @@ def placed(mixtures: Mixtures, head: nn.Module) -> Callable[[Tensor], Tensor]:
     return copy.deepcopy(head).to(mixtures.device).eval()
 
 
-def normalized(accuracy: Tensor, single: Tensor, names: Sequence[str]) -> Tensor:
+def normalized(accuracy: Tensor, single: Tensor) -> Tensor:
     """Mean over tasks of merged accuracy / single-task accuracy of the same regime.
 
-    Ortiz-Jimenez et al. 2023, arXiv:2305.12827.
+    Ortiz-Jimenez et al. 2023, arXiv:2305.12827. A task whose fine-tuned model classifies no image
+    rightly has no such ratio, and is left out; NaN where that leaves none.
 
     Args:
         accuracy: [..., T], of the merged model.
         single: [T], of θ0 + τ_t on task t.
-        names: the tasks', for the message.
 
     Returns:
         [...]
-
-    Raises:
-        ValueError: a single-task accuracy is 0.
     """
-    if not single.all():
-        zero = [name for name, a in zip(names, single.tolist(), strict=True) if not a]
-        raise ValueError(
-            f"normalised accuracy: the fine-tuned models of {', '.join(zero)} classify no image "
-            "rightly, expected a single-task accuracy above 0: train longer, or on more images"
-        )
-    return (accuracy / single).mean(-1)
+    learnt = single > 0
+    return (accuracy[..., learnt] / single[learnt]).mean(-1)
 
 
 def first_best(score: Tensor) -> int:
-    """Index of the largest of [G]; of equal ones the first, which is the smallest α."""
+    """Index of the largest of [G]; of equal ones the first, which is the smallest α.
+
+    0 where they are NaN: there is nothing to choose by.
+    """
+    score = score.nan_to_num(-torch.inf)
     return int((score >= score.max() - ROUNDING).nonzero()[0])
 
 

@@ -46,7 +46,7 @@ def addition(
         Accuracies are fractions; all numbers are Python's.
 
     Raises:
-        ValueError: counts or alphas that do not fit, or a single-task accuracy of 0.
+        ValueError: counts or alphas that do not fit.
         FloatingPointError: a mixture's features are not finite.
     """
     check_tasks("addition", mixtures, tasks, heads)
@@ -65,7 +65,7 @@ def addition(
         ],
     )
     val, test = torch.stack(both[0::2], 1), torch.stack(both[1::2], 1)  # [1 + A, T], [3 + A, T]
-    chosen = first_best(normalized(val[1:], val[0], names))
+    chosen = first_best(normalized(val[1:], val[0]))
     single, base, one, curve = test[0], test[1], test[2], test[3:]
     return {
         "base": dict(zip(names, base.tolist(), strict=True)),
@@ -76,7 +76,7 @@ def addition(
             "test": dict(zip(names, curve.T.tolist(), strict=True)),
             "alpha": values[chosen].item(),
             "absolute": curve[chosen].mean().item(),
-            "normalized": normalized(curve[chosen], single, names).item(),
+            "normalized": normalized(curve[chosen], single).item(),
             "at_one": one.mean().item(),
         },
     }

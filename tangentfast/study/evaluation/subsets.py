@@ -55,7 +55,7 @@ def subsets(
         ``absolute`` and ``normalized``, means over the subset's tasks. Fractions.
 
     Raises:
-        ValueError: counts, alphas or a limit that do not fit, or a single-task accuracy of 0.
+        ValueError: counts, alphas or a limit that do not fit.
         FloatingPointError: a mixture's features are not finite.
     """
     check_tasks("subsets", mixtures, tasks, heads)
@@ -70,7 +70,7 @@ def subsets(
     if how == "validation":
         single, merged = _sweep(mixtures, tasks, heads, "val", chosen, [values] * len(chosen))
         best = [
-            first_best(_normalized(merged[s], single, subset, tasks))
+            first_best(normalized(merged[s], single[list(subset)]))
             for s, subset in enumerate(chosen)
         ]
     at = [values[b : b + 1] for b in best]
@@ -81,7 +81,7 @@ def subsets(
             "alpha": at[s].item(),
             "chosen": how,
             "absolute": merged[s].mean().item(),
-            "normalized": _normalized(merged[s], single, subset, tasks).item(),
+            "normalized": normalized(merged[s], single[list(subset)]).item(),
         }
         for s, subset in enumerate(chosen)
     ]
@@ -130,7 +130,3 @@ def _sweep(
         for subset, values in zip(chosen, alphas, strict=True)
     ]
     return single, merged
-
-
-def _normalized(accuracy: Tensor, single: Tensor, subset: Subset, tasks: Sequence[Task]) -> Tensor:
-    return normalized(accuracy, single[list(subset)], [tasks[t].name for t in subset])

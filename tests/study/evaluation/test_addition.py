@@ -67,16 +67,18 @@ def test_of_equal_alphas_the_smallest() -> None:
 def test_normalized() -> None:
     accuracy = torch.tensor([[0.4, 0.9], [0.8, 0.45]], dtype=torch.float64)
     single = torch.tensor([0.8, 0.9], dtype=torch.float64)
-    assert normalized(accuracy, single, "ab").tolist() == [0.75, 0.75]
-    message = "models of b classify no image rightly, expected .* above 0: train longer"
-    with pytest.raises(ValueError, match=message):
-        normalized(accuracy, torch.tensor([0.8, 0]), "ab")
+    assert normalized(accuracy, single).tolist() == [0.75, 0.75]
 
 
 def test_no_right_image_alone() -> None:
+    """A task without a ratio is left out; α is then the other's, and 0 where there is none."""
+    accuracy = torch.tensor([[0.4, 0.9], [0.8, 0.45]], dtype=torch.float64)
+    assert normalized(accuracy, torch.tensor([0.8, 0.0])).tolist() == pytest.approx([0.5, 1.0])
+    assert normalized(accuracy, torch.zeros(2)).isnan().all()
     wrong = ToyTask("b", val=points((0, 9, 1), labels=[0]), test=B.test)
-    with pytest.raises(ValueError, match="models of b classify no image"):
-        addition(toy(True), [A, wrong], HEADS, [0, 0.5])
+    got = addition(toy(True), [A, wrong], HEADS, [0, 0.5, 1])["addition"]
+    best = max(got["val"]["a"])
+    assert got["alpha"] == [0, 0.5, 1][got["val"]["a"].index(best)]
 
 
 @pytest.mark.parametrize(

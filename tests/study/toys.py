@@ -3,47 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class TensorSplit:
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, index: Tensor) -> Tensor:
-        return self.pixels[index]
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    classes: tuple[str, ...]
-    train: TensorSplit
-    val: TensorSplit
-    test: TensorSplit
-    source: str = "generated"
-
-
-@dataclass
-class Encoder:
-    name: str
-    module: nn.Module
-    image_size: int = 16
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.25, 0.25, 0.25)
-    text: None = None
-    logit_scale: float = 10.0
-
-    def normalize(self, images: Tensor) -> Tensor:
-        return (images / 255 - 0.5) / 0.25
+from tangentfast.study.data import Task, TensorSplit
+from tangentfast.study.encoders import Encoder
 
 
 class Head(nn.Module):
@@ -73,7 +39,7 @@ def _network(seed: int) -> nn.Module:
 
 
 def encoder(seed: int = 0) -> Encoder:
-    return Encoder("tiny", copy.deepcopy(_network(seed)))
+    return Encoder("tiny", copy.deepcopy(_network(seed)), 16, (0.5,) * 3, (0.25,) * 3)
 
 
 def task(name: str = "tints", classes: int = 4, train: int = 90, seed: int = 0) -> Task:
@@ -87,4 +53,5 @@ def task(name: str = "tints", classes: int = 4, train: int = 90, seed: int = 0) 
             image[label : label + 1] += 40
         return TensorSplit(pixels, labels)
 
-    return Task(name, tuple(map(str, range(classes))), split(train), split(40), split(40))
+    names = tuple(map(str, range(classes)))
+    return Task(name, names, split(train), split(40), split(40), "generated")
