@@ -104,7 +104,7 @@ def run(stage: Stage, environment: dict[str, str], patience: int = 1) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     lines = stage.log.read_text(errors="replace").strip().splitlines()
-    return f"{outcome}, {time.perf_counter() - started:.0f} s; {lines[-1] if lines else ''}"
+    return f"{outcome}, {time.perf_counter() - started:.0f} s; {lines[-1][:100] if lines else ''}"
 
 
 def gather(stages: list[Stage]) -> dict[str, Any] | None:
