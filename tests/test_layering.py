@@ -61,7 +61,8 @@ def test_core_imports_none_of_the_extras() -> None:
     code = (
         "import sys, tangentfast; extras = "
         "{'open_clip', 'timm', 'transformers', 'torchvision', 'triton', "
-        "'sklearn', 'matplotlib', 'rich', 'onnx', 'typer', 'pydantic', 'jinja2', 'datasets', 'scipy', "
+        "'sklearn', 'matplotlib', 'rich', 'onnx', "
+        "'typer', 'pydantic', 'jinja2', 'datasets', 'scipy', "
         "'pytest'}; print(sorted(extras & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
