@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,20 @@ def painted(images: Tensor) -> Tensor:
 def save(path: Path, label: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     paint(label).save(path)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write beyond `size` bytes of a file, as it does on a full disk.
+
+    Any file: a test's own output too, so that nothing but what is tested belongs inside.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def image_folder(folder: Path, classes: Sequence[str], each: int) -> None:

@@ -6,15 +6,13 @@ import base64
 import json
 import math
 import re
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import standins
 from synthetic_results import results
 
 from tangentfast.study.report import ResultsError, compare, write
@@ -164,22 +162,11 @@ def test_what_is_missing_is_left_out(tmp_path: Path, what: str) -> None:
         assert "with one seed, so undecided" in page.text
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write beyond `size` bytes of a file, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_the_earlier_files_whole(tmp_path: Path) -> None:
     publish(tmp_path, {"figures/a.svg": b"old", "page.html": b"old"})
     # The last of the files does not fit; the others would.
     files = {"figures/a.svg": b"new", "figures/b.svg": b"new", "page.html": b"new" * 10_000}
-    with largest_file(20_000), pytest.raises(OSError, match="large"):
+    with standins.largest_file(20_000), pytest.raises(OSError, match="large"):
         publish(tmp_path, files)
     found = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {"a.svg": b"old", "page.html": b"old"}
@@ -190,7 +177,7 @@ def test_a_full_disk_leaves_the_earlier_files_whole(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_no_half_report(tmp_path: Path) -> None:
     run = run_folder(tmp_path, results(tasks=("a",), seeds=(0,), regimes=("ntk",)))
-    with largest_file(40_000), pytest.raises(OSError, match="large"):
+    with standins.largest_file(40_000), pytest.raises(OSError, match="large"):
         write(run)
     assert [path.name for path in run.rglob("*") if path.is_file()] == ["results.json"]
 
