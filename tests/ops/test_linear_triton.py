@@ -113,7 +113,7 @@ def test_bad_operands_launch_nothing() -> None:
         op(x, w, None, None, [x.double()], [None], [None], [None], "", False, 0)
     with pytest.raises(ValueError, match="different lengths"):
         op(x, w, None, None, [x], [], [None], [None], "", False, 0)
-    with pytest.raises(ValueError, match="kind is 'relu', expected one of gelu"):
+    with pytest.raises(ValueError, match="kind is 'relu', expected gelu"):
         op(x, w, None, None, [], [], [], [], "relu", True, 0)
 
 

@@ -31,7 +31,8 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Te
 def check_kind(kind: str, op: str) -> None:
     """Raise ValueError for an activation that there is not."""
     if kind not in KINDS:
-        raise ValueError(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        *most, last = KINDS
+        raise ValueError(f"{op}: kind is {kind!r}, expected {', '.join(most)} or {last}")
 
 
 def activation_jvp(
