@@ -227,6 +227,27 @@ def test_autocast_casts_the_base_once(params: str, x: Tensor) -> None:
         assert torch.equal(out, fresh(x))
 
 
+@pytest.mark.parametrize("name", ["matmul", "mm", "mv", "dot", "outer", "inner", "kron"])
+def test_autocast_leaves_alone_what_torch_does(name: str) -> None:
+    """Types and values of every product are those of the network itself."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            flat = name in ("dot", "outer")
+            self.weight = nn.Parameter(torch.randn(5) if flat else torch.randn(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(torch, name)(self.weight, x)
+
+    net = Product()
+    x = torch.randn(5) if name in ("mv", "dot", "outer") else torch.randn(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = tf.linearize(net)(x), net(x)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+
+
 def test_primal_dtype(x: Tensor) -> None:
     """θ0 in bfloat16 beside a float32 τ: the linearized bfloat16 network, gradients in float32."""
     net, x = Net().eval(), x.bfloat16()

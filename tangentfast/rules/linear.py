@@ -33,10 +33,15 @@ def _product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Se
     return total
 
 
+# The products that autocast computes in 16 bits on every device; of outer or kron it does not.
+NARROWED = functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm")
+
+
 def _bilinear(function: Callable[..., Any]) -> None:
     @rule(function)
     def product(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
-        input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
+        if function in NARROWED:
+            input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
 
         def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
             return _product_rule(function, (input, other), (dx, dother))
