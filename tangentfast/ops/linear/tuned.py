@@ -37,6 +37,8 @@ def run(
         rows: (dx, dweight, dbias, dresidual), each like its primal or None.
         forced: to have the Triton kernel even where torch's products are faster.
     """
+    if not forced and (x.device.type != "cuda" or x.shape[0] * weight.numel() < SMALLEST):
+        return _torch(x, weight, bias, residual, kind, rows)
     kernel = import_module("tangentfast.ops.linear.triton")
     ways: list[Callable[[], Results]] = [
         lambda tile=tile: _triton(x, weight, bias, residual, kind, rows, tile)  # type: ignore[misc]
@@ -45,8 +47,6 @@ def run(
     if not forced:
         ways.insert(0, lambda: _torch(x, weight, bias, residual, kind, rows))
     if x.device.type != "cuda":  # Triton's interpreter
-        return ways[0]()
-    if not forced and x.shape[0] * weight.numel() < SMALLEST:
         return ways[0]()
     # Batches of nearly one size share a measurement: the last one of an epoch is shorter.
     size = (x.shape[0].bit_length(), *weight.shape)

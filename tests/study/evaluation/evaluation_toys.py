@@ -9,18 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tangentfast as tf
-
-
-@dataclass
-class ToySplit:
-    pixels: Tensor  # uint8 [N, 3, S, S]
-    labels: Tensor  # int64 [N]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, index: Tensor) -> Tensor:
-        return self.pixels[index]
+from tangentfast.study.data import TensorSplit
 
 
 @dataclass
@@ -35,14 +24,14 @@ class ToyEncoder:
 @dataclass
 class ToyTask:
     name: str
-    val: ToySplit
-    test: ToySplit
+    val: TensorSplit
+    test: TensorSplit
 
 
-def points(*images: Sequence[float], labels: Sequence[int] = ()) -> ToySplit:
+def points(*images: Sequence[float], labels: Sequence[int] = ()) -> TensorSplit:
     """Images of one pixel, as their three channels; class 1 unless told."""
     pixels = torch.tensor(images, dtype=torch.uint8).view(-1, 3, 1, 1)
-    return ToySplit(pixels, torch.tensor(labels or [1] * len(images)))
+    return TensorSplit(pixels, torch.tensor(labels or [1] * len(images)))
 
 
 class TwoClasses(nn.Module):
@@ -95,7 +84,7 @@ def vectors_of(encoder: ToyEncoder, count: int, scale: float = 0.1) -> list[tf.T
     return made
 
 
-def noise(count: int, seed: int = 2) -> ToySplit:
+def noise(count: int, seed: int = 2) -> TensorSplit:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    return ToySplit(pixels, torch.randint(4, (count,), generator=generator))
+    return TensorSplit(pixels, torch.randint(4, (count,), generator=generator))

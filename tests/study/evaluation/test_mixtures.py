@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from evaluation_toys import (
+    TensorSplit,
     ToyEncoder,
-    ToySplit,
     TwoClasses,
     change,
     noise,
@@ -244,7 +244,7 @@ def test_sweeps_that_do_not_fit(tangent: bool) -> None:
     mixed = Mixtures(encoder, [change(1, 0, 0)], tangent)
     row = torch.ones(1, 1)
     with pytest.raises(ValueError, match="the split has no images, expected at least one"):
-        mixed.sweep(ToySplit(torch.empty(0, 3, 1, 1), torch.empty(0)), row, features)
+        mixed.sweep(TensorSplit(torch.empty(0, 3, 1, 1), torch.empty(0)), row, features)
     with pytest.raises(ValueError, match="2 functions in reduce for 1 rows"):
         mixed.sweep(points((1, 2, 3)), row, [features] * 2)
     with pytest.raises(ValueError, match=r"reduce gave \[\] for 1 features, expected one entry"):
