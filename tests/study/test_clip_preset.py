@@ -6,7 +6,9 @@ import inspect
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standins
@@ -29,16 +31,11 @@ SHORT = ["train.epochs={" + ", ".join(f"{name} = 0.001" for name in TASKS) + "}"
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkpoint(tmp_path: Path, add_clip: Callable[[str, dict[str, Any]], None]) -> Path:
     """Random weights of a model that open_clip knows by the name of the preset's."""
     import open_clip
 
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "ViT-B-32.json").write_text(json.dumps(TINY))
-    known = dict(open_clip.factory._MODEL_CONFIGS)
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
-    open_clip.add_model_config(folder)
+    add_clip("ViT-B-32", TINY)
     torch.manual_seed(0)
     path = tmp_path / "tiny.pt"
     torch.save(open_clip.create_model("ViT-B-32").state_dict(), path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +30,9 @@ TINY_CLIP = {
 
 
 @pytest.fixture
-def tiny_clip(tmp_path: Path) -> str:
-    """The name of a CLIP that open_clip knows from a file of its own format."""
-    open_clip = pytest.importorskip("open_clip")
-    import json
-
-    (tmp_path / "tiny-test-clip.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(tmp_path)
+def tiny_clip(add_clip: Callable[[str, dict[str, Any]], None]) -> str:
+    """The name of a small CLIP that open_clip knows."""
+    add_clip("tiny-test-clip", TINY_CLIP)
     return "tiny-test-clip"
 
 
