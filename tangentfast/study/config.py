@@ -186,7 +186,8 @@ class Evaluate(Section):
         pairs: its pairs of tasks, or how many: the first two tasks, the next two, and so on.
         xi_images: test images of each task that it is taken over; all by default.
         threshold: the share of θ0's accuracy on the control task that negation must leave.
-        subsets: the largest number of subsets of tasks to merge; all of them if there are no more.
+        subsets: the largest number of subsets of tasks to merge, with the first seed; all of them
+            if there are no more.
         head_study: heads that ξ is compared with, on the first pair and with the first seed:
             kinds, and ``"trained"``. The representation's is always there beside them.
     """

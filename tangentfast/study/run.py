@@ -6,7 +6,8 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from .config import Config
+from .config import Config, HeadKind
 from .data import EMBEDDED, prepare
 from .experiments import Experiments, base_accuracy
 from .files import replacing, write_json
@@ -102,10 +103,11 @@ def _evaluate(parts: Parts, tunings: Tunings, progress: Progress) -> dict[str, A
         entry = regimes[regime] = _cost(regime, tunings)
         for seed in config.train.seeds:
             progress.update(bar, description=f"evaluation, {regime}, seed {seed}")
-            rows = {row.task: row for row in tunings.headline(regime, seed)}
-            entry["runs"].append(_measured(parts, tunings, regime, seed, rows))
-            if seed == config.train.seeds[0] and config.evaluate.head_study and config.pairs:
-                study += _head_study(parts, tunings, regime, rows)
+            rows = tunings.headline(regime, seed)
+            first = seed == config.train.seeds[0]
+            measured, maps = _measured(parts, tunings, regime, rows, first)
+            entry["runs"].append({"seed": seed} | measured)
+            study += [{"regime": regime} | found for found in maps]
             progress.advance(bar)
     base = {name: base_accuracy(parts, name) for name in config.data.tasks}
     return {"base": base, "regimes": regimes, "head_study": study}
@@ -131,49 +133,62 @@ def _cost(regime: str, tunings: Tunings) -> dict[str, Any]:
 
 
 def _measured(
-    parts: Parts, tunings: Tunings, regime: str, seed: int, rows: dict[str, Tuning]
-) -> dict[str, Any]:
-    """One entry of ``runs``."""
+    parts: Parts, tunings: Tunings, regime: str, rows: Sequence[Tuning], first: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One entry of ``runs``, and those of ``head_study`` if the seed is the first."""
     config = parts.config
-    vectors = {name: tunings.vector(row) for name, row in rows.items()}
-    heads = {name: tunings.head(row) for name, row in rows.items()}
-    every = Experiments(parts, regime, list(rows), list(vectors.values()), list(heads.values()))
+    every = _experiments(parts, tunings, regime, rows)
     added = every.addition()
-    found = {"seed": seed, "single": added["single"], "addition": added["addition"]}
+    found = {"single": added["single"], "addition": added["addition"]}
     if config.data.control:
         found["negation"] = every.negation(config.data.control)
     found["cosine"] = every.cosine()
-    if config.evaluate.subsets and len(rows) > 1:
+    if first and config.evaluate.subsets and len(rows) > 1:
         found["subsets"] = every.subsets(added["addition"]["alpha"])
-    found["disentanglement"] = []
-    for pair in config.pairs:
-        two = [heads[name] for name in pair]
-        experiments = Experiments(parts, regime, pair, [vectors[name] for name in pair], two)
-        found["disentanglement"] += experiments.disentanglement({config.head.kind: two})
-    return found
+    found["disentanglement"], study = [], []
+    by_name = {row.task: row for row in rows}
+    for number, pair in enumerate(config.pairs):
+        kinds = config.evaluate.head_study if first and not number else []
+        maps, more = _maps(parts, tunings, regime, [by_name[name] for name in pair], kinds)
+        found["disentanglement"] += maps
+        study += more
+    return found, study
 
 
-def _head_study(
-    parts: Parts, tunings: Tunings, regime: str, rows: dict[str, Tuning]
-) -> list[dict[str, Any]]:
-    """ξ of the first pair under several heads and of its representation (Jin et al. 2024)."""
-    wanted, pair = parts.config.evaluate.head_study, parts.config.pairs[0]
-    frozen: dict[str, list[nn.Module]] = {
-        kind: [parts.head(n, kind) for n in pair] for kind in wanted if kind != "trained"
-    }
-    vectors = [tunings.vector(rows[name]) for name in pair]
-    two = [parts.head(name) for name in pair]
-    found = Experiments(parts, regime, pair, vectors, two).disentanglement(frozen)
-    if "trained" in wanted:
+def _maps(
+    parts: Parts,
+    tunings: Tunings,
+    regime: str,
+    pair: Sequence[Tuning],
+    kinds: Sequence[HeadKind | Literal["trained"]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """ξ of two tasks: under the study's own head, then under each of `kinds` (Jin et al. 2024).
+
+    Both lists have that of the representation, unless `kinds` is empty.
+    """
+    own = "trained" if parts.config.head.train else parts.config.head.kind
+    heads: dict[str, list[nn.Module]] = {own: [tunings.head(row) for row in pair]}
+    for kind in kinds:
+        if kind != own and kind != "trained":
+            heads[kind] = [parts.head(row.task, kind) for row in pair]
+    maps = _experiments(parts, tunings, regime, pair).disentanglement(heads)
+    bare = [found for found in maps if found["kind"] == "representation"]
+    by_head = {found["head"]: found for found in maps}
+    if "trained" in kinds and own != "trained":
         # Encoder and head fine-tuned together: other task vectors, at the rate of the headline.
-        both = [
-            Tuning(row.regime, row.task, row.seed, row.lr, train_head=True)
-            for row in (rows[name] for name in pair)
-        ]
-        vectors, two = [tunings.vector(row) for row in both], [tunings.head(row) for row in both]
-        trained = Experiments(parts, regime, pair, vectors, two).disentanglement({"trained": two})
-        found += [entry for entry in trained if entry["head"] == "trained"]
-    return [{"regime": regime} | entry for entry in found]
+        pair = [replace(row, train_head=True) for row in pair]
+        heads = {"trained": [tunings.head(row) for row in pair]}
+        trained = _experiments(parts, tunings, regime, pair).disentanglement(heads)
+        by_head["trained"] = trained[0]
+    study = [by_head[kind] for kind in kinds]
+    return [by_head[own], *bare], [*study, *bare] if kinds else []
+
+
+def _experiments(
+    parts: Parts, tunings: Tunings, regime: str, rows: Sequence[Tuning]
+) -> Experiments:
+    vectors, heads = [tunings.vector(row) for row in rows], [tunings.head(row) for row in rows]
+    return Experiments(parts, regime, [row.task for row in rows], vectors, heads)
 
 
 def _about(parts: Parts, command: str, seconds: float) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Trainee:
     @torch.no_grad()
     def _decay(self, amount: float) -> None:
         """What AdamW leaves out: it decays what is trained, τ in tangent space and else θ."""
-        if self.options.decay == ("tau" if self.regime.tangent else "theta"):
+        if not amount or self.options.decay == ("tau" if self.regime.tangent else "theta"):
             return
         sign = -1.0 if self.regime.tangent else 1.0  # τ decays with θ0 + τ, θ with θ − θ0
         for name, parameter in self.trained.items():

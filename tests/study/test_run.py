@@ -123,10 +123,7 @@ def test_a_whole_study_and_a_rerun(
             (prediction, representation) = run["disentanglement"]
             assert prediction["head"] == "prototype"
             assert representation["kind"] == "representation"
-            assert len(run["subsets"]) == 1
-            # α = 0 is θ0, whatever the regime.
-            for task in ("digits", "shapes"):
-                assert run["addition"]["test"][task][0] == results["base"][task]
+            assert len(run.get("subsets", [])) == (run["seed"] == 0)
         if name != "posthoc":
             vector = tf.TaskVector.load(out / "vectors" / name / "digits" / "seed1.safetensors")
             assert regime["trained_parameters"] == sum(t.numel() for t in vector.values())

@@ -97,8 +97,7 @@ def maps(run: Run, kind: str = "prediction") -> list[float]:
 
 def merged(run: Run, task: str) -> float:
     """Test accuracy on `task` of the merge at the α that validation chose."""
-    curve = run.addition.test.get(task) if run.addition else None
-    return curve[run.addition.chosen()] if run.addition and curve else math.nan
+    return run.addition.test.get(task, math.nan) if run.addition else math.nan
 
 
 def _runs(value: Callable[[Run], float]) -> Callable[[Regime], list[float]]:

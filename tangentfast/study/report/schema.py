@@ -33,11 +33,12 @@ class _Part(BaseModel):
 
 
 class Addition(_Part):
-    """θ0 + α Σ τ_t: accuracy of every task over α, and the α that validation chose."""
+    """θ0 + α Σ τ_t: validation accuracy of every task over α, and test at the α it chose."""
 
     alphas: list[float] = Field(min_length=1)
     val: dict[str, Curve]
-    test: dict[str, Curve]
+    val_single: dict[str, Number] = {}
+    test: dict[str, Number]
     alpha: Number
     absolute: Number
     normalized: Number
@@ -45,19 +46,12 @@ class Addition(_Part):
 
     @model_validator(mode="after")
     def _lengths(self) -> Addition:
-        for part, curves in (("val", self.val), ("test", self.test)):
-            for task, curve in curves.items():
-                if len(curve) != len(self.alphas):
-                    raise ValueError(
-                        f"{part}.{task} has {len(curve)} values, alphas has {len(self.alphas)}"
-                    )
+        for task, curve in self.val.items():
+            if len(curve) != len(self.alphas):
+                raise ValueError(
+                    f"val.{task} has {len(curve)} values, alphas has {len(self.alphas)}"
+                )
         return self
-
-    def chosen(self) -> int:
-        """Index in `alphas` of the α that validation chose; 0 if none was."""
-        if not math.isfinite(self.alpha):
-            return 0
-        return min(range(len(self.alphas)), key=lambda i: abs(self.alphas[i] - self.alpha))
 
 
 class Negated(_Part):
@@ -191,7 +185,8 @@ class Results(_Part):
                 where = f"regimes.{name}.runs[{i}]"
                 if run.seed not in self.seeds:
                     raise ValueError(f"{where}.seed is {run.seed}, seeds are {self.seeds}")
-                for part in (run.single, run.addition.test if run.addition else {}):
+                added = run.addition
+                for part in (run.single, *((added.val, added.test) if added else ())):
                     if unknown := set(part) - known:
                         raise ValueError(f"{where} has the unknown tasks {sorted(unknown)}")
                 size = len(self.tasks)

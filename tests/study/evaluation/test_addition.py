@@ -5,12 +5,14 @@ Class 1 where ⟨w, x⟩ > 0, with w = (0, 0, −6) + α ((1, 0, 0) + (−½, 1,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from evaluation_toys import ToyEncoder, ToyTask, TwoClasses, change, points
-from torch import nn
+from torch import Tensor, nn
 
-from tangentfast.study.evaluation import Mixtures, addition
+from tangentfast.study.evaluation import Mixtures, Request, addition
 from tangentfast.study.evaluation.accuracy import normalized
 
 A = ToyTask(
@@ -40,10 +42,11 @@ def test_addition_by_hand(tangent: bool) -> None:
     assert curves["alphas"] == [0, 0.5, 1]
     # a: class 1 where the first channel is above 12/α. b: where the second is above 6/α.
     assert curves["val"] == {"a": [0, 2 / 5, 4 / 5], "b": [1 / 3, 1, 2 / 3]}
-    assert curves["test"] == {"a": [1 / 4, 1 / 4, 2 / 4], "b": [1 / 4, 3 / 4, 1]}
     # Alone on validation a has 1, b 2/3: normalised means (0 + 1/2)/2, (2/5 + 3/2)/2, (4/5 + 1)/2.
+    assert curves["val_single"] == {"a": 1, "b": 2 / 3}
     # The mean of the accuracies themselves is highest at 1.
     assert curves["alpha"] == 0.5
+    assert curves["test"] == {"a": 1 / 4, "b": 3 / 4}
     assert curves["absolute"] == 1 / 2
     assert curves["normalized"] == pytest.approx(((1 / 4) / (3 / 4) + 3 / 4) / 2, rel=1e-15)
     assert curves["at_one"] == 3 / 4
@@ -54,7 +57,23 @@ def test_base_and_alpha_one_need_not_be_in_the_grid(tangent: bool) -> None:
     got = addition(toy(tangent), [A, B], HEADS, [0.5])
     assert got["base"] == {"a": 1 / 4, "b": 1 / 4}
     assert got["addition"]["at_one"] == 3 / 4
-    assert got["addition"]["test"] == {"a": [1 / 4], "b": [3 / 4]}
+    assert got["addition"]["test"] == {"a": 1 / 4, "b": 3 / 4}
+
+
+@pytest.mark.parametrize("tangent", [True, False])
+def test_test_is_looked_at_for_what_is_reported_alone(tangent: bool) -> None:
+    mixtures, asked = toy(tangent), []
+    sweeps = mixtures.sweeps
+
+    def watched(requests: Sequence[Request]) -> list[Tensor]:
+        tests = (id(A.test), id(B.test))
+        asked.extend(r.coefficients.tolist() for r in requests if id(r.split) in tests)
+        return sweeps(requests)
+
+    mixtures.sweeps = watched  # type: ignore[method-assign]
+    addition(mixtures, [A, B], HEADS, [0, 0.5, 1])
+    rest = [[0.5, 0.5], [0, 0], [1, 1]]
+    assert asked == [[[1, 0], *rest], [[0, 1], *rest]]
 
 
 def test_of_equal_alphas_the_smallest() -> None:

@@ -54,8 +54,9 @@ def run(regime: str, seed: int, tasks: tuple[str, ...], base: dict[str, float]) 
             for a in alphas
         ]  # fmt: skip
 
-    test = {task: curve(task) for task in tasks}
+    curves = {task: curve(task) for task in tasks}
     i = min(range(21), key=lambda k: abs(alphas[k] - peak))
+    test = {task: curves[task][i] for task in tasks}
     map_alphas = grid(-2.0, 2.0, 11)
     maps = []
     for pair, kind in (
@@ -93,10 +94,10 @@ def run(regime: str, seed: int, tasks: tuple[str, ...], base: dict[str, float]) 
         "seed": seed,
         "single": single,
         "addition": {
-            "alphas": alphas, "val": {t: curve(t) for t in tasks}, "test": test, "alpha": alphas[i],
-            "absolute": sum(c[i] for c in test.values()) / len(tasks),
-            "normalized": sum(test[t][i] / single[t] for t in tasks) / len(tasks),
-            "at_one": sum(c[-1] for c in test.values()) / len(tasks),
+            "alphas": alphas, "val": curves, "val_single": single, "alpha": alphas[i], "test": test,
+            "absolute": sum(test.values()) / len(tasks),
+            "normalized": sum(test[t] / single[t] for t in tasks) / len(tasks),
+            "at_one": sum(c[-1] for c in curves.values()) / len(tasks),
         },
         "negation": {
             "alphas": alphas, "tasks": negated, "control_base": 0.63, "threshold": 0.95,

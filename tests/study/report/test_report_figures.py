@@ -131,17 +131,18 @@ def test_maps_share_their_colours(figures: dict[str, Figure]) -> None:
 def test_curves_are_means_over_tasks_and_seeds() -> None:
     found = results(tasks=("a", "b"), seeds=(0, 1), regimes=("ntk",))
     for run, shift in zip(found["regimes"]["ntk"]["runs"], (0.0, 0.2), strict=True):
-        run["single"] = {"a": 0.5, "b": 1.0}
         run["addition"] |= {
-            "alphas": [0.0, 1.0], "alpha": 1.0, "val": {},
-            "test": {"a": [0.2, 0.3 + shift], "b": [0.4, 0.5 + shift]},
+            "alphas": [0.0, 1.0], "val": {"a": [0.2, 0.3 + shift], "b": [0.4, 0.5 + shift]},
+            "val_single": {"a": 0.5, "b": 1.0},
+            "alpha": 1.0, "absolute": 0.35 + shift, "normalized": 0.6 + shift,
         }  # fmt: skip
     left, right = drawn(found)["over-alpha"].axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), [0.3, 0.5])  # (0.4 + 0.6) / 2
     # a: 0.4 and (0.6 + 1.0) / 2; b: 0.4 and (0.5 + 0.7) / 2
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0.4, 0.7])
-    marks = [tuple(np.ravel(line.get_xydata())) for line in left.lines[1:3]]
-    np.testing.assert_allclose(marks, [(1.0, 0.4), (1.0, 0.6)])  # the chosen α of both seeds
+    # Test at the chosen α of both seeds.
+    np.testing.assert_allclose(left.lines[1].get_xydata(), [(1.0, 0.35), (1.0, 0.55)])
+    np.testing.assert_allclose(right.lines[1].get_xydata(), [(1.0, 0.6), (1.0, 0.8)])
 
 
 def test_bars_have_the_height_of_the_table(figures: dict[str, Figure]) -> None:
@@ -150,9 +151,7 @@ def test_bars_have_the_height_of_the_table(figures: dict[str, Figure]) -> None:
     assert len(bars) == len(TASKS) * 5
     for bar, task in zip(bars, TASKS, strict=False):  # the first regime's
         values = [
-            run.addition.test[task][run.addition.chosen()]
-            for run in found.regimes["nonlinear"].runs
-            if run.addition
+            run.addition.test[task] for run in found.regimes["nonlinear"].runs if run.addition
         ]
         assert bar.get_height() == pytest.approx(sum(values) / 3)
 
@@ -203,7 +202,8 @@ def test_values_that_are_not_there() -> None:
     for regime in found["regimes"].values():
         for run in regime["runs"]:
             run["disentanglement"][0]["xi"][3] = [math.nan] * 11
-            run["addition"]["test"]["a"] = [None] * 21
+            run["addition"]["val"]["a"] = [None] * 21
+            run["addition"]["test"]["a"] = None
             run["addition"]["alpha"] = None
             run["single"]["a"] = math.nan
             run["cosine"] = [[math.nan] * 3] * 3

@@ -56,8 +56,8 @@ def test_a_wrong_value_is_shown() -> None:
     [
         (lambda r: r.update(schema=2), "schema is 2, this version of tangentfast reads 1"),
         (
-            lambda r: r["regimes"]["ntk"]["runs"][0]["addition"]["test"]["a"].pop(),
-            "regimes.ntk.runs[0].addition: test.a has 20 values, alphas has 21",
+            lambda r: r["regimes"]["ntk"]["runs"][0]["addition"]["val"]["a"].pop(),
+            "regimes.ntk.runs[0].addition: val.a has 20 values, alphas has 21",
         ),
         (
             lambda r: r["regimes"]["ntk"]["runs"][0]["disentanglement"][0]["xi"].pop(),

@@ -10,20 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..measures import mean
-from ..schema import Results, Run
+from ..schema import Addition, Results
 from .style import Drawing, Look, empty, key, look
 
 __all__ = ["over_alpha", "over_tasks"]
 
 
-def _axes(titles: tuple[str, str], xlabel: str) -> tuple[Figure, list[Axes]]:
+def _axes(titles: tuple[str, str], xlabel: str, part: str) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     panels = list(figure.subplots(1, 2))
     for axes, title in zip(panels, titles, strict=True):
         axes.set(title=title, xlabel=xlabel)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(axis="y")
-    panels[0].set_ylabel("test accuracy, mean over tasks")
+    panels[0].set_ylabel(f"{part} accuracy, mean over tasks")
     return figure, panels
 
 
@@ -37,15 +37,13 @@ def _band(axes: Axes, x: list[float], curves: np.ndarray, k: Look, marked: bool 
         axes.fill_between(x, centre - std, centre + std, color=k.colour, alpha=0.18, linewidth=0)
 
 
-def _alpha_curves(run: Run) -> tuple[list[float], list[float]]:
+def _alpha_curves(found: Addition) -> tuple[list[float], list[float]]:
     """Mean accuracy over tasks at every α: absolute, and divided by the single-task accuracy."""
-    assert run.addition is not None
-    tests = run.addition.test
-    absolute = [mean(values) for values in zip(*tests.values(), strict=True)]
+    absolute = [mean(values) for values in zip(*found.val.values(), strict=True)]
     ratios = [
-        [value / single for value in tests[task]]
-        for task, single in run.single.items()
-        if task in tests and single > 0
+        [value / single for value in found.val[task]]
+        for task, single in found.val_single.items()
+        if task in found.val and single > 0
     ]
     return absolute, [mean(values) for values in zip(*ratios, strict=True)]
 
@@ -53,31 +51,27 @@ def _alpha_curves(run: Run) -> tuple[list[float], list[float]]:
 def over_alpha(results: Results) -> Iterator[Drawing]:
     """Absolute and normalised accuracy of θ0 + α Σ τ."""
     titles = ("absolute", "normalised by single-task accuracy")
-    figure, panels = _axes(titles, "α")
+    figure, panels = _axes(titles, "α", "validation")
     looks = []
     for name, regime in results.regimes.items():
-        runs = [run for run in regime.runs if run.addition and run.addition.test]
-        if not runs:
+        seeds = [run.addition for run in regime.runs if run.addition and run.addition.val]
+        if not seeds:
             continue
         k = look(results, name)
         looks.append(k)
-        first = runs[0].addition
-        assert first is not None
         # Seeds of one regime share the grid; one with another grid cannot be averaged with them.
-        runs = [run for run in runs if run.addition and run.addition.alphas == first.alphas]
-        both = [_alpha_curves(run) for run in runs]
+        alphas = seeds[0].alphas
+        seeds = [found for found in seeds if found.alphas == alphas]
+        both = [_alpha_curves(found) for found in seeds]
+        tested = [[found.absolute for found in seeds], [found.normalized for found in seeds]]
         for which, axes in enumerate(panels):
             curves = [curve[which] for curve in both]
-            if not all(len(curve) == len(first.alphas) for curve in curves):
-                continue
-            _band(axes, first.alphas, np.array(curves, dtype=float), k)
-            for run, curve in zip(runs, curves, strict=True):
-                assert run.addition is not None
-                i = run.addition.chosen()
-                axes.plot(
-                    run.addition.alphas[i], curve[i], k.marker, color=k.colour,
-                    markeredgecolor="white", markersize=7,
-                )  # fmt: skip
+            if all(len(curve) == len(alphas) for curve in curves):
+                _band(axes, alphas, np.array(curves, dtype=float), k)
+            axes.plot(
+                [found.alpha for found in seeds], tested[which], k.marker, color=k.colour,
+                markeredgecolor="white", markersize=7,
+            )  # fmt: skip
     if not looks:
         return
     base = [results.base[t.name] for t in results.tasks if t.name in results.base]
@@ -88,15 +82,17 @@ def over_alpha(results: Results) -> Iterator[Drawing]:
     yield Drawing(
         "over-alpha",
         "Task addition: accuracy over α",
-        "θ0 + α Σ τ. Lines: mean over the seeds, bands: their standard deviation, markers: the α "
-        "that validation chose with each seed. Dotted: no fine-tuning (left), single task (right).",
+        "θ0 + α Σ τ. Lines: mean over the seeds on validation, bands: their standard deviation, "
+        "markers: test at the α that validation chose with each seed. Dotted: test without "
+        "fine-tuning (left), single task (right).",
         figure,
     )
 
 
 def over_tasks(results: Results) -> Iterator[Drawing]:
     """Accuracy of merges of some tasks, by their number."""
-    figure, panels = _axes(("absolute", "normalised by single-task accuracy"), "merged tasks")
+    titles = ("absolute", "normalised by single-task accuracy")
+    figure, panels = _axes(titles, "merged tasks", "test")
     looks = []
     sizes: set[int] = set()
     count = len(results.regimes)
