@@ -114,21 +114,28 @@ def _evaluate(parts: Parts, tunings: Tunings, progress: Progress) -> dict[str, A
 
 
 def _cost(regime: str, tunings: Tunings) -> dict[str, Any]:
-    """What a regime's training took: the median step of all tasks and seeds, the highest peak."""
-    train = tunings.parts.config.train
-    lr, grid = tunings.chosen_lr(REGIMES[regime].vectors_of or regime)
-    rows = [row for seed in train.seeds for row in tunings.headline(regime, seed)]
-    figures = [tunings.figures(row) for row in rows]
-    return {
+    """What a regime's training took: the median step of all tasks and seeds, the highest peak.
+
+    Of a regime that takes another's vectors, the rate of those alone.
+    """
+    train, vectors_of = tunings.parts.config.train, REGIMES[regime].vectors_of
+    lr, grid = tunings.chosen_lr(vectors_of or regime)
+    entry = {
         "label": REGIMES[regime].label,
         "lr": lr,
         "lr_grid": {f"{rate:g}": accuracy for rate, accuracy in grid.items()},
         "lr_at_edge": len(grid) > 1 and lr in (min(grid), max(grid)),
+        "runs": [],
+    }
+    if vectors_of:
+        return entry
+    rows = [row for seed in train.seeds for row in tunings.headline(regime, seed)]
+    figures = [tunings.figures(row) for row in rows]
+    return entry | {
         "trained_parameters": figures[0]["trained_parameters"],
         "seconds_per_step": median(f["seconds_per_step"] for f in figures),
         "samples_per_second": median(f["samples_per_second"] for f in figures),
         "peak_bytes": max(f["peak_bytes"] for f in figures),
-        "runs": [],
     }
 
 

@@ -134,9 +134,11 @@ def test_a_whole_study_and_a_rerun(
                 3,
                 4,
             ]
-    posthoc, ntk = results["regimes"]["posthoc"], results["regimes"]["nonlinear"]
-    assert posthoc["lr_grid"] == ntk["lr_grid"]
-    assert posthoc["runs"][0]["cosine"] == ntk["runs"][0]["cosine"]
+    posthoc, nonlinear = results["regimes"]["posthoc"], results["regimes"]["nonlinear"]
+    assert posthoc["lr_grid"] == nonlinear["lr_grid"]
+    assert posthoc["runs"][0]["cosine"] == nonlinear["runs"][0]["cosine"]
+    cost = {"trained_parameters", "seconds_per_step", "samples_per_second", "peak_bytes"}
+    assert nonlinear.keys() - posthoc.keys() == cost  # nothing was trained for it
     assert {(e["regime"], e["head"]) for e in results["head_study"]} == {
         (regime, head)
         for regime in results["regimes"]

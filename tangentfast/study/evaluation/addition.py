@@ -40,7 +40,7 @@ def addition(
         alphas: A coefficients, increasing.
 
     Returns:
-        ``base``: name -> test accuracy at θ0. ``single``: name -> test accuracy at τ_t.
+        ``single``: name -> test accuracy at τ_t.
         ``addition``: ``alphas`` [A]; on validation ``val``, name -> accuracies [A], and
         ``val_single``, name -> accuracy at τ_t; ``alpha``; on test ``test``, name -> accuracy at
         alpha, ``absolute`` and ``normalized``, means over tasks at alpha, and ``at_one``, the mean
@@ -67,9 +67,8 @@ def addition(
     val_single, *curve = measured("val", values)
     val = torch.stack(curve)
     alpha = values[first_best(normalized(val, val_single))]
-    single, merged, base, one = measured("test", torch.stack([alpha, 0 * alpha, 0 * alpha + 1]))
+    single, merged, one = measured("test", torch.stack([alpha, torch.ones_like(alpha)]))
     return {
-        "base": dict(zip(names, base.tolist(), strict=True)),
         "single": dict(zip(names, single.tolist(), strict=True)),
         "addition": {
             "alphas": values.tolist(),

