@@ -129,6 +129,7 @@ def over_tasks(results: Results) -> Iterator[Drawing]:
     yield Drawing(
         "over-tasks",
         "Accuracy by number of merged tasks",
-        "Points: subsets of the tasks, lines: their mean, bands: its deviation over the seeds.",
+        "Points: subsets of the tasks, lines: their mean, bands: its deviation where several seeds "
+        "were looked at.",
         figure,
     )
