@@ -42,12 +42,18 @@ class Experiments:
         vectors: Sequence[tf.TaskVector],
         heads: Sequence[nn.Module],
     ) -> None:
-        self.parts, self.config = parts, parts.config
+        self.parts, self.config, self.regime = parts, parts.config, regime
         self.tangent = REGIMES[regime].tangent
-        self.tasks = [parts.task(name) for name in names]
+        self.names, self.tasks = list(names), [parts.task(name) for name in names]
         self.vectors, self.heads = vectors, heads
         data = [parts.data(name) for name in names]
         self._contents = [digest(d, v) for d, v in zip(data, vectors, strict=True)]
+
+    def only(self, names: Sequence[str]) -> Experiments:
+        """Those on some of the tasks, which depend on nothing of the others."""
+        places = [self.names.index(name) for name in names]
+        vectors, heads = [self.vectors[i] for i in places], [self.heads[i] for i in places]
+        return Experiments(self.parts, self.regime, names, vectors, heads)
 
     def addition(self) -> dict[str, Any]:
         """``single`` and ``addition``."""

@@ -156,16 +156,15 @@ def _measured(
     by_name = {row.task: row for row in rows}
     for number, pair in enumerate(config.pairs):
         kinds = config.evaluate.head_study if first and not number else []
-        maps, more = _maps(parts, tunings, regime, [by_name[name] for name in pair], kinds)
+        maps, more = _maps(every.only(pair), tunings, [by_name[name] for name in pair], kinds)
         found["disentanglement"] += maps
         study += more
     return found, study
 
 
 def _maps(
-    parts: Parts,
+    two: Experiments,
     tunings: Tunings,
-    regime: str,
     pair: Sequence[Tuning],
     kinds: Sequence[HeadKind | Literal["trained"]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -173,20 +172,19 @@ def _maps(
 
     Both lists have that of the representation, unless `kinds` is empty.
     """
-    own = "trained" if parts.config.head.train else parts.config.head.kind
-    heads: dict[str, list[nn.Module]] = {own: [tunings.head(row) for row in pair]}
+    own = "trained" if two.config.head.train else two.config.head.kind
+    heads: dict[str, Sequence[nn.Module]] = {own: two.heads}
     for kind in kinds:
         if kind != own and kind != "trained":
-            heads[kind] = [parts.head(row.task, kind) for row in pair]
-    maps = _experiments(parts, tunings, regime, pair).disentanglement(heads)
+            heads[kind] = [two.parts.head(row.task, kind) for row in pair]
+    maps = two.disentanglement(heads)
     bare = [found for found in maps if found["kind"] == "representation"]
     by_head = {found["head"]: found for found in maps}
     if "trained" in kinds and own != "trained":
         # Encoder and head fine-tuned together: other task vectors, at the rate of the headline.
         pair = [replace(row, train_head=True) for row in pair]
-        heads = {"trained": [tunings.head(row) for row in pair]}
-        trained = _experiments(parts, tunings, regime, pair).disentanglement(heads)
-        by_head["trained"] = trained[0]
+        both = _experiments(two.parts, tunings, two.regime, pair)
+        by_head["trained"] = both.disentanglement({"trained": both.heads})[0]
     study = [by_head[kind] for kind in kinds]
     return [by_head[own], *bare], [*study, *bare] if kinds else []
 

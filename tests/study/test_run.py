@@ -30,6 +30,8 @@ from tangentfast.study import trainee
 from tangentfast.study.config import PRESETS, load
 from tangentfast.study.data import check_name
 from tangentfast.study.encoders import Encoder
+from tangentfast.study.evaluation import Mixtures, accuracies
+from tangentfast.study.parts import Parts
 
 CONFIG = """
 name = "tiny"
@@ -124,6 +126,10 @@ def test_a_whole_study_and_a_rerun(
             assert prediction["head"] == "prototype"
             assert representation["kind"] == "representation"
             assert len(run.get("subsets", [])) == (run["seed"] == 0)
+            # α = 0 is θ0, whatever the regime.
+            reference = results["regimes"]["nonlinear"]["runs"][0]["addition"]["val"]
+            for task in ("digits", "shapes"):
+                assert run["addition"]["val"][task][0] == reference[task][0]
         if name != "posthoc":
             vector = tf.TaskVector.load(out / "vectors" / name / "digits" / "seed1.safetensors")
             assert regime["trained_parameters"] == sum(t.numel() for t in vector.values())
@@ -134,6 +140,12 @@ def test_a_whole_study_and_a_rerun(
                 3,
                 4,
             ]
+    parts = Parts(load(config))
+    for name in ("digits", "shapes"):
+        vector = tf.TaskVector.load(out / "vectors" / "ntk" / name / "seed0.safetensors")
+        theta0 = Mixtures(parts.encoder, [vector], tangent=False)
+        wanted = [(parts.task(name).test, parts.head(name), torch.zeros(1, 1))]
+        assert results["base"][name] == accuracies(theta0, wanted)[0].item()
     posthoc, nonlinear = results["regimes"]["posthoc"], results["regimes"]["nonlinear"]
     assert posthoc["lr_grid"] == nonlinear["lr_grid"]
     assert posthoc["runs"][0]["cosine"] == nonlinear["runs"][0]["cosine"]

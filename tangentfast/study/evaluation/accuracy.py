@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from tangentfast.study.evaluation.mixtures import Mixtures, Reduce, Request
 
 if TYPE_CHECKING:
     from tangentfast.study.data import Split, Task
+
+Subset: TypeAlias = tuple[int, ...]
 
 # Accuracies are ratios of counts: what differs by less differs by rounding alone.
 ROUNDING = 1e-9
@@ -51,6 +53,48 @@ def accuracies(
         (predicted == split.labels.cpu()).double().mean(1)
         for predicted, (split, _, _) in zip(found, wanted, strict=True)
     ]
+
+
+def merged_accuracies(
+    mixtures: Mixtures,
+    tasks: Sequence[Task],
+    heads: Sequence[nn.Module],
+    part: str,
+    chosen: Sequence[Subset],
+    alphas: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Accuracies of tasks alone and of α Σ_{t∈S} τ_t on the tasks of each subset S.
+
+    Args:
+        mixtures: encoder and T task vectors.
+        tasks: T; task t is what vector t was fine-tuned on.
+        heads: T, features -> logits.
+        part: of the tasks: ``"val"`` or ``"test"``.
+        chosen: the subsets, indices of tasks.
+        alphas: of each subset, float64 [A].
+
+    Returns:
+        At τ_t on task t: float64 [T]; and for each subset [A, tasks of it].
+
+    Raises:
+        ValueError, FloatingPointError: as `Mixtures.sweep`.
+    """
+    alone = torch.eye(len(tasks), dtype=torch.float64)
+    wanted = []
+    for t, (task, head) in enumerate(zip(tasks, heads, strict=True)):
+        rows = [
+            values[:, None] * alone[list(subset)].sum(0)
+            for subset, values in zip(chosen, alphas, strict=True)
+            if t in subset
+        ]
+        wanted.append((getattr(task, part), head, torch.cat([alone[t : t + 1], *rows])))
+    found = [iter(accuracy) for accuracy in accuracies(mixtures, wanted)]
+    single = torch.stack([next(accuracy) for accuracy in found])
+    merged = [
+        torch.stack([torch.stack([next(found[t]) for _ in values]) for t in subset], 1)
+        for subset, values in zip(chosen, alphas, strict=True)
+    ]
+    return single, merged
 
 
 def argmax(mixtures: Mixtures, head: nn.Module) -> Reduce:

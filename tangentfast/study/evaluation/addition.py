@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tangentfast.study.evaluation.accuracy import (
-    accuracies,
     check_tasks,
     first_best,
     grid,
+    merged_accuracies,
     normalized,
 )
 from tangentfast.study.evaluation.mixtures import Mixtures
@@ -52,22 +52,11 @@ def addition(
     """
     check_tasks("addition", mixtures, tasks, heads)
     values = grid(alphas, "addition")
-    count, names = len(tasks), [task.name for task in tasks]
-    alone = torch.eye(count, dtype=torch.float64)
-
-    def measured(part: str, alphas: Tensor) -> Tensor:
-        """[1 + A, T]: of each task alone, then of α Σ_t τ_t."""
-        sweep = alphas[:, None].expand(-1, count)
-        wanted = [
-            (getattr(task, part), head, torch.cat([alone[t : t + 1], sweep]))
-            for t, (task, head) in enumerate(zip(tasks, heads, strict=True))
-        ]
-        return torch.stack(accuracies(mixtures, wanted), 1)
-
-    val_single, *curve = measured("val", values)
-    val = torch.stack(curve)
+    names, every = [task.name for task in tasks], [tuple(range(len(tasks)))]
+    val_single, (val,) = merged_accuracies(mixtures, tasks, heads, "val", every, [values])
     alpha = values[first_best(normalized(val, val_single))]
-    single, merged, one = measured("test", torch.stack([alpha, torch.ones_like(alpha)]))
+    ends = torch.stack([alpha, torch.ones_like(alpha)])
+    single, ((merged, one),) = merged_accuracies(mixtures, tasks, heads, "test", every, [ends])
     return {
         "single": dict(zip(names, single.tolist(), strict=True)),
         "addition": {

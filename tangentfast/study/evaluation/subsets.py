@@ -8,22 +8,20 @@ from itertools import combinations
 from math import comb
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tangentfast.study.evaluation.accuracy import (
-    accuracies,
+    Subset,
     check_tasks,
     first_best,
     grid,
+    merged_accuracies,
     normalized,
 )
 from tangentfast.study.evaluation.mixtures import Mixtures
 
 if TYPE_CHECKING:
     from tangentfast.study.data import Task
-
-Subset = tuple[int, ...]
 
 
 def subsets(
@@ -68,13 +66,15 @@ def subsets(
     chosen = _choose(len(tasks), limit, seed)
     best = [0] * len(chosen)
     if how == "validation":
-        single, merged = _sweep(mixtures, tasks, heads, "val", chosen, [values] * len(chosen))
+        single, merged = merged_accuracies(
+            mixtures, tasks, heads, "val", chosen, [values] * len(chosen)
+        )
         best = [
             first_best(normalized(merged[s], single[list(subset)]))
             for s, subset in enumerate(chosen)
         ]
     at = [values[b : b + 1] for b in best]
-    single, merged = _sweep(mixtures, tasks, heads, "test", chosen, at)
+    single, merged = merged_accuracies(mixtures, tasks, heads, "test", chosen, at)
     return [
         {
             "tasks": [tasks[t].name for t in subset],
@@ -103,30 +103,3 @@ def _choose(count: int, limit: int, seed: int) -> list[Subset]:
                 found[size].add(tuple(sorted(draw.sample(range(count), size))))
             left -= 1
     return sorted((s for group in found.values() for s in group), key=lambda s: (len(s), s))
-
-
-def _sweep(
-    mixtures: Mixtures,
-    tasks: Sequence[Task],
-    heads: Sequence[nn.Module],
-    part: str,
-    chosen: Sequence[Subset],
-    alphas: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """Single-task accuracies [T], and for each subset those at its alphas: [A, tasks of it]."""
-    alone = torch.eye(len(tasks), dtype=torch.float64)
-    wanted = []
-    for t, (task, head) in enumerate(zip(tasks, heads, strict=True)):
-        rows = [
-            values[:, None] * alone[list(subset)].sum(0)
-            for subset, values in zip(chosen, alphas, strict=True)
-            if t in subset
-        ]
-        wanted.append((getattr(task, part), head, torch.cat([alone[t : t + 1], *rows])))
-    found = [iter(accuracy) for accuracy in accuracies(mixtures, wanted)]
-    single = torch.stack([next(accuracy) for accuracy in found])
-    merged = [
-        torch.stack([torch.stack([next(found[t]) for _ in values]) for t in subset], 1)
-        for subset, values in zip(chosen, alphas, strict=True)
-    ]
-    return single, merged

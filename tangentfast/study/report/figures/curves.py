@@ -16,9 +16,10 @@ from .style import Drawing, Look, empty, key, look
 __all__ = ["over_alpha", "over_tasks"]
 
 
-def _axes(titles: tuple[str, str], xlabel: str, part: str) -> tuple[Figure, list[Axes]]:
+def _axes(xlabel: str, part: str) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     panels = list(figure.subplots(1, 2))
+    titles = ("absolute", "normalised by single-task accuracy")
     for axes, title in zip(panels, titles, strict=True):
         axes.set(title=title, xlabel=xlabel)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -50,8 +51,7 @@ def _alpha_curves(found: Addition) -> tuple[list[float], list[float]]:
 
 def over_alpha(results: Results) -> Iterator[Drawing]:
     """Absolute and normalised accuracy of θ0 + α Σ τ."""
-    titles = ("absolute", "normalised by single-task accuracy")
-    figure, panels = _axes(titles, "α", "validation")
+    figure, panels = _axes("α", "validation")
     looks = []
     for name, regime in results.regimes.items():
         seeds = [run.addition for run in regime.runs if run.addition and run.addition.val]
@@ -91,8 +91,7 @@ def over_alpha(results: Results) -> Iterator[Drawing]:
 
 def over_tasks(results: Results) -> Iterator[Drawing]:
     """Accuracy of merges of some tasks, by their number."""
-    titles = ("absolute", "normalised by single-task accuracy")
-    figure, panels = _axes(titles, "merged tasks", "test")
+    figure, panels = _axes("merged tasks", "test")
     looks = []
     sizes: set[int] = set()
     count = len(results.regimes)
