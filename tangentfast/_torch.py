@@ -32,7 +32,7 @@ def transforms() -> int:
 
 def in_backward() -> bool:
     """Whether this thread runs a backward: a checkpointed block is then run again."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[no-any-return]
+    return torch._C._current_graph_task_id() != -1
 
 
 def in_forward_ad() -> bool:
@@ -42,7 +42,7 @@ def in_forward_ad() -> bool:
 
 def subclassed(cls: type, tensor: Tensor, requires_grad: bool) -> Any:
     """`tensor` as a leaf of class `cls` on the same memory, without its graph."""
-    return Tensor._make_subclass(cls, tensor, requires_grad)  # type: ignore[attr-defined]
+    return Tensor._make_subclass(cls, tensor, requires_grad)
 
 
 def storage_uses(tensor: Tensor) -> int:
@@ -53,7 +53,10 @@ def storage_uses(tensor: Tensor) -> int:
 
 def version(tensor: Tensor) -> int:
     """The counter of writes in place to the memory of `tensor` (0 where torch keeps none)."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor
+        return 0
 
 
 def base(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ that carries it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -55,8 +55,8 @@ class Dual(Tensor):
             "to the original function, which composes with the other transforms."
         )
 
-    @property  # type: ignore[override]
-    def grad_fn(self) -> Any:
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
         """The primal's; None for a parameter, which is a leaf to whoever asks."""
         return None if self._is_param else self.primal.grad_fn
 

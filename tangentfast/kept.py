@@ -27,11 +27,10 @@ class Kept:
         self._before = []
         for module in modules(root):
             own = module.__dict__
-            containers = {
-                name: copy.copy(value)
-                for name, value in own.items()
-                if isinstance(value, (dict, list, set)) and name not in INTERNAL
-            }
+            containers = {}
+            for name in own.keys() - INTERNAL:
+                if isinstance(own[name], (dict, list, set)):
+                    containers[name] = copy.copy(own[name])
             self._before.append((module, dict(own), containers, dict(module._buffers)))
 
     def restore(self) -> None:
