@@ -42,9 +42,9 @@ class Dual(Tensor):
         return Dual.decide(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> NoReturn:
+    ) -> Any:
         """An operation that came past ``__torch_function__``, where the tangent cannot follow."""
         found = next((a for a in args if type(a) is Dual), None)
         raise RuntimeError(

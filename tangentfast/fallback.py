@@ -110,7 +110,8 @@ def _derivative(
 def _kind(x: Any) -> Hashable:
     if isinstance(x, Tensor):
         return x.dtype, x.dim(), x.device.type, x.numel() == 0
-    return (type(x), x) if isinstance(x, (int, float, str, bool, type(None))) else type(x)
+    plain = isinstance(x, (int, float, str, bool, type(None)))
+    return (type(x).__name__, x) if plain else type(x).__qualname__
 
 
 def _tried(call: Call, values: list[Any], active: list[int]) -> Derivative:
@@ -233,7 +234,7 @@ def _by_vjp(
         moved = [(w, v) for w, v in zip(ws, tangents, strict=True) if w is not None]
         if not all(w.requires_grad for w, _ in moved):
             raise Underivable("torch has no derivative of its backward")
-        inner = sum((w * v.conj()).sum().real for w, v in moved)
+        inner: Any = sum((w * v.conj()).sum().real for w, v in moved)
     found = torch.autograd.grad(inner, us, allow_unused=True) if moved else [None] * len(us)
     leaves, spec = tree_flatten(y)
     dys: list[Any] = [None] * len(leaves)
