@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentfast.dual import Dual, make_dual
-from tangentfast.passes import Anchors, Pass
+from tangentfast.passes import Anchors, Pass, current
 
 SUFFIX = "_tau"
 
@@ -60,9 +60,14 @@ class Parameters(dict[str, Any]):
         if name not in self.taus or self.whole or type(theta0) is Dual:
             return theta0
         pass_ = self.anchors.pass_of_this_thread()
-        if pass_ is None:
-            return theta0
+        if pass_ is None or not isinstance(theta0, nn.Parameter):
+            return theta0  # no parameter: torch.func.functional_call put another tensor there
         return _dual(theta0, dict.__getitem__(self, self.taus[name]), pass_)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        # What was read in a pass and is put back, as functional_call does, is θ0.
+        own = type(value) is Dual and value.parameter is dict.get(self, name, value)
+        dict.__setitem__(self, name, value.parameter if own else value)
 
     def get(self, name: str, default: Any = None) -> Any:  # noqa: D102
         return self[name] if name in self else default  # noqa: SIM401 (that would be itself)
@@ -91,7 +96,7 @@ def _dual(theta0: Tensor, tau: Tensor, pass_: Pass) -> Dual:
     pass_.read.add(id(theta0))
     primal = Anchor.apply(theta0, tau) if pass_.recording else theta0
     dual = make_dual(primal, [tau.detach().to(theta0.dtype)] * pass_.k, pass_)
-    dual._is_param = True
+    dual.parameter = theta0
     return dual
 
 
@@ -113,7 +118,8 @@ class _Linearized(nn.Module):
             return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        with self._whole():
+        # Within a forward its duals are asked for, by code that keeps the variables.
+        with self._whole() if current() is None else contextlib.nullcontext():
             super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:

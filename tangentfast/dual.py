@@ -29,7 +29,7 @@ class Dual(Tensor):
     owner: Pass
     version: int
     decide: ClassVar[Callable[..., Any]]  # set by `dispatch`
-    _is_param = False  # what isinstance(x, nn.Parameter) asks of a subclass of Tensor
+    parameter: Tensor | None = None  # the parameter that it stands for
 
     @classmethod
     def __torch_function__(
@@ -58,7 +58,11 @@ class Dual(Tensor):
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
         """The primal's; None for a parameter, which is a leaf to whoever asks."""
-        return None if self._is_param else self.primal.grad_fn
+        return self.primal.grad_fn if self.parameter is None else None
+
+    @property
+    def _is_param(self) -> bool:  # type: ignore[override]  # what isinstance(x, nn.Parameter) asks of a subclass of Tensor
+        return self.parameter is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RuntimeError(

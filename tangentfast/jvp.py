@@ -162,8 +162,8 @@ def _duals_of(
             # an alias: the handle's own primal must not be the caller's parameter object
             primal = primal.view_as(primal)
             along = [t if t is None else t.detach().to(primal.device, primal.dtype) for t in along]
-            table[id(parameter)] = make_dual(primal, along, pass_)
-            table[id(parameter)]._is_param = True
+            table[id(parameter)] = dual = make_dual(primal, along, pass_)
+            dual.parameter = parameter
             moving.append((name, module, parameter))
         elif not recording and not hasattr(parameter, "full_tensor"):
             table[id(parameter)] = primal
