@@ -75,6 +75,7 @@ class Pass:
         self.sharers = inplace.Sharers()
         self.graph: set[Any] = set()  # nodes of autograd known to depend on no tangent
         self.read: set[int] = set()  # the parameters that the forward has read, by identity
+        self.moving: set[int] = set()  # those that have a tangent, where duals stand for them
 
     def where(self) -> str:
         """The path of the module whose forward runs now, found on the Python stack."""
