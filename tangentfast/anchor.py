@@ -62,6 +62,7 @@ class Parameters(dict[str, Any]):
         pass_ = self.anchors.pass_of_this_thread()
         if pass_ is None or not isinstance(theta0, nn.Parameter):
             return theta0  # no parameter: torch.func.functional_call put another tensor there
+        pass_.check_no_transform(name)
         dual = _dual(theta0, dict.__getitem__(self, self.taus[name]), pass_)
         dual.place = id(self), name
         return dual

@@ -188,12 +188,8 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
             "had finished. Take tensors from the outputs of the linearized model, or detach them "
             "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
-    if _torch.in_transform() and pass_.active:
-        raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()} runs inside a torch.func transform (vmap, grad, "
-            "...) that knows nothing of tangents. Write that part without the transform, or apply "
-            "torch.func.jvp to the original function, which composes with it."
-        )
+    if pass_.active:
+        pass_.check_no_transform(name_of(func))
     return pass_
 
 

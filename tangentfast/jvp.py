@@ -14,7 +14,7 @@ from tangentfast.dual import Dual, make_dual, plain
 from tangentfast.graph import origins
 from tangentfast.kept import Kept
 from tangentfast.linearize import LinearizedModel, places
-from tangentfast.passes import Pass, running
+from tangentfast.passes import Pass, check_no_transform, running
 from tangentfast.substitute import substituted
 from tangentfast.trees import tree_map
 
@@ -75,6 +75,7 @@ def jvp(
         raise ValueError(
             "jvp: tangents go with one direction in params, got a sequence of several."
         )
+    check_no_transform()
     recording = torch.is_grad_enabled()
     if not recording:
         inputs, kwargs = tree_map(Tensor.detach, (inputs, dict(kwargs or {})))

@@ -25,7 +25,7 @@ from tangentfast.dispatch import constant
 from tangentfast.dual import Dual
 from tangentfast.fingerprint import Base, checksum, fingerprint
 from tangentfast.kept import Kept
-from tangentfast.passes import Anchors, Pass, running
+from tangentfast.passes import Anchors, Pass, check_no_transform, running
 from tangentfast.select import Selection, describe, select
 from tangentfast.task_vector import TaskVector
 from tangentfast.trees import tensors, tree_map
@@ -87,6 +87,7 @@ class LinearizedModel(nn.Module):
             RuntimeError: θ0 was changed in place; an input requires grad; something in the network
                 cannot be linearized exactly (the message names operation, module and remedy).
         """
+        check_no_transform()
         self._check_base()
         hooks.carry_duals()
         recording = torch.is_grad_enabled()
@@ -312,7 +313,13 @@ def _shared_copy(
         # Computed from parameters outside of forward: a constant, as torch.func has it. Pruning and
         # the older weight norm compute theirs anew in each forward.
         memo.update({id(x): x.detach() for x in tensors(vars(module)) if not x.is_leaf})
-    shared: nn.Module = copy.deepcopy(model, memo)
+    try:
+        shared: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"linearize: {type(model).__name__} cannot be copied ({error}). Expected copy.deepcopy "
+            "to work: the modules are copied, the parameters are shared."
+        ) from error
     sites = []
     for path, module in shared.named_modules(remove_duplicate=True):
         if isinstance(module, torch.jit.ScriptModule):
