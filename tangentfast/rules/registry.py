@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tangentfast._torch import set_grad_enabled
+
 Jvp = Callable[..., Any]
 
 
@@ -30,13 +32,24 @@ class Inexact(RuntimeError):
 
 
 class Rule:
-    """How one function acts on dual numbers."""
+    """How one function acts on dual numbers.
 
-    __slots__ = ("apply", "defaults", "inplace", "kind", "parameters")
+    `complex`: its formula holds for complex numbers, too; where it does not, the fallback takes
+    calls with complex arguments.
+    """
 
-    def __init__(self, apply: Callable[..., Any], signature: Callable[..., Any] | None, kind: str):
+    __slots__ = ("apply", "complex", "defaults", "inplace", "kind", "parameters")
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        signature: Callable[..., Any] | None,
+        kind: str,
+        complex: bool = True,
+    ):
         self.apply = apply
         self.kind = kind
+        self.complex = complex
         self.parameters: tuple[str, ...] = ()
         self.defaults: tuple[Any, ...] = ()
         if signature is not None:
@@ -87,14 +100,16 @@ def _register(targets: Iterable[Callable[..., Any] | str], rule: Rule) -> None:
 def evaluate(jvp: Jvp, dargs: Sequence[Sequence[Any] | None]) -> list[Any]:
     """One tangent for each entry of `dargs`, without a graph; None where nothing has a tangent."""
     recording = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)
+    set_grad_enabled(False)
     try:
         return [None if d is None else jvp(*d) for d in dargs]
     finally:
-        torch._C._set_grad_enabled(recording)
+        set_grad_enabled(recording)
 
 
-def rule(*targets: Callable[..., Any] | str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *targets: Callable[..., Any] | str, complex: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register ``forward(*args) -> (y, jvp)``; its parameter names are those of the function."""
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,17 +119,19 @@ def rule(*targets: Callable[..., Any] | str) -> Callable[[Callable[..., Any]], C
             found = forward(*args)
             return None if found is None else (found[0], evaluate(found[1], dargs))
 
-        _register(targets, Rule(apply, forward, "rule"))
+        _register(targets, Rule(apply, forward, "rule", complex))
         return forward
 
     return decorate
 
 
-def fused(*targets: Callable[..., Any] | str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fused(
+    *targets: Callable[..., Any] | str, complex: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register ``body(tangents, *args) -> (y, dys)``, which gets all K rows of tangents at once."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        rule = Rule(lambda args, dargs: body(dargs, *args), body, "fused")
+        rule = Rule(lambda args, dargs: body(dargs, *args), body, "fused", complex)
         rule.parameters, rule.defaults = rule.parameters[1:], rule.defaults[1:]
         rule.inplace -= rule.inplace >= 0
         _register(targets, rule)

@@ -76,6 +76,9 @@ forbidden(
     "__reduce_ex__",
 )
 forbidden(
-    "a backward inside the forward would not see the tangents; call it on the model's outputs.",
+    "a backward inside the forward would not see the tangents; call it on the model's outputs, or "
+    "apply torch.func.jvp to the original function, which composes with torch.func.grad.",
     "backward",
+    torch.autograd.grad,
+    torch.autograd.backward,
 )
