@@ -101,6 +101,11 @@ def identity_functions() -> Iterator[Any]:
             yield function
 
 
+def compiled_by_jit(function: Any) -> bool:
+    """Whether `function` is code that torch.jit compiled, which changes from call to call."""
+    return isinstance(function, (torch.jit.ScriptFunction, torch._C.ScriptMethod))
+
+
 def compiled_original(module: Any) -> Any:
     """What ``torch.compile(module)`` was made of; `module` itself where it was not."""
     dynamo = sys.modules.get("torch._dynamo")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tangentfast._torch import compiled_by_jit
+
 _TENSOR = object()  # where a tensor goes in a structure
 _MOST = 4096  # kinds of calls remembered
 
@@ -98,8 +100,7 @@ def _derivative(
     kind = (func, tuple(active), *(_kind(x) for x in values))
     if kind not in _known:
         known = _tried(call, values, active)
-        # Code compiled by torch.jit changes from call to call, and its derivative with it.
-        if isinstance(func, (torch.jit.ScriptFunction, torch._C.ScriptMethod)):
+        if compiled_by_jit(func):  # its derivative changes from call to call
             return known
         if len(_known) >= _MOST:
             _known.clear()
