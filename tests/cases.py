@@ -1,109 +1,18 @@
-"""Calls of every function that has a rule, as data: `CASES`, by the function's name.
-
-``R(3, 4)`` stands for a random float tensor that may carry a tangent; every other value, tensors
-included, is a constant of the call.
-"""
+"""Calls of every function that has a rule, as data: `CASES`, by the function's name."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from case import C, Call, Case, R, Table, but, each, index, inf, on
+from cases_complex import COMPLEX
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-inf = float("inf")
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["CASES", "C", "Call", "Case", "R", "Table", "but", "each", "positive"]
 
-
-class R:
-    """A random tensor of a shape: normal, or within [low, high], or of few whole numbers (ties)."""
-
-    def __init__(self, *shape: int, low: float = 0, high: float = 0, ties: bool = False):
-        self.shape, self.low, self.high, self.ties = shape, low, high, ties
-
-    def build(self, generator: torch.Generator, dtype: torch.dtype, strided: bool) -> Tensor:
-        if self.ties:
-            x = torch.randint(-1, 2, self.shape, generator=generator).double()
-        elif self.low == self.high:
-            x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
-        else:
-            x = torch.rand(self.shape, generator=generator, dtype=torch.float64)
-            x = self.low + (self.high - self.low) * x
-        x = x.to(dtype)
-        if not strided or x.dim() == 0:
-            return x
-        # neither contiguous nor at the start of its memory
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 1, 2), float("nan"))
-        wide[..., 1:, 1] = x
-        return wide[..., 1:, 1]
-
-    def __repr__(self) -> str:
-        return f"R{self.shape}"
-
-
-@dataclasses.dataclass
-class Case:
-    """One call. `on`: only the functions found in this room (torch, Tensor, F)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    on: Any = None
-    strided: bool = True  # may its tensors be non-contiguous
-    adjoint: bool = True  # is torch's backward the adjoint of its JVP
-    cuda: bool = False
-    since: str = "2.10"  # in older torch its JVP and its backward differ, or one of them fails
-
-    def build(self, dtype: torch.dtype, strided: bool = False) -> tuple[Call, list[int]]:
-        """The call's (args, kwargs), and which of its leaves may have a tangent."""
-        generator = torch.Generator().manual_seed(1)
-        leaves, spec = tree_flatten((self.args, self.kwargs))
-        active = [i for i, x in enumerate(leaves) if isinstance(x, R)]
-        built = [x.build(generator, dtype, strided) if isinstance(x, R) else x for x in leaves]
-        return tree_unflatten(built, spec), active
-
-    def applies(self, function: Any) -> bool:
-        return self.on is None or getattr(self.on, function.__name__, None) is function
-
-    def __repr__(self) -> str:
-        def short(x: Any) -> str:
-            if isinstance(x, (tuple, list)):
-                return "[" + ",".join(map(short, x)) + "]"
-            if isinstance(x, Tensor):
-                return "t" + "x".join(map(str, x.shape))
-            return "x".join(map(str, x.shape)) or "0d" if isinstance(x, R) else str(x)
-
-        parts = [short(a) for a in self.args] + [f"{n}={short(v)}" for n, v in self.kwargs.items()]
-        return ";".join(parts)
-
-
-def C(*args: Any, **kwargs: Any) -> Case:
-    return Case(args, kwargs)
-
-
-def on(room: Any, case: Case, **options: Any) -> Case:
-    return dataclasses.replace(case, on=room, **options)
-
-
-def but(case: Case, **options: Any) -> Case:
-    return dataclasses.replace(case, **options)
-
-
-def index(*values: Any) -> Tensor:
-    return torch.tensor(values)
-
-
-Table = dict[str, list[Case]]
 X = C(R(2, 3))
-
-
-def each(names: str, cases: list[Case]) -> Table:
-    """The same cases for several functions."""
-    return {name: cases for name in names.split()}
-
-
 SHAPES = [C(R(3, 4)), C(R()), C(R(1)), C(R(0, 3))]
 mask34 = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
 rows = index([0, 2, 1, 0], [3, 1, 1, 0], [2, 2, 0, 1])  # 3 x 4
@@ -210,7 +119,16 @@ SHAPE: Table = {
     "diagonal_scatter": [C(R(3, 3), R(3)), C(R(3, 3), R(2), 1), C(R(3, 3), R(2), offset=-1)],
 }  # fmt: skip
 
+points = R(2, 3, 5, 2, low=-1.2, high=1.2)
+points3 = R(1, 2, 3, 2, 3, low=-1.2, high=1.2)
 SAMPLING: Table = {
+    "grid_sample": [
+        C(image, points), C(image, points, "nearest"), C(image, points, "bicubic", "reflection"),
+        C(image, points, padding_mode="border", align_corners=True), C(volume, points3),
+        C(volume, points3, padding_mode="reflection"), C(R(0, 4, 5, 6), R(0, 3, 5, 2)),
+    ],
+    **each("grid_sampler grid_sampler_2d", [C(image, points, 0, 0, False)]),
+    "grid_sampler_3d": [C(volume, points3, 0, 1, True)],
     "interpolate": [C(image, scale_factor=2), C(image, (3, 7), mode="bilinear"),
                     C(image, size=(7, 3), mode="bilinear", align_corners=True),
                     C(image, (7, 7), mode="bicubic", antialias=True),
@@ -295,6 +213,9 @@ ELEMENTWISE: Table = {
 }  # fmt: skip
 
 filters = R(6, 4, 3, 3)
+flat, starts = index(0, 2, 4, 2, 1), index(0, 2, 2, 4)  # of bags, one of which is empty
+bounds = index(0, 2, 2, 5)
+ends = torch.tensor([2, 2, 6], dtype=torch.int32)  # of groups, one of which is empty
 LINEAR: Table = {
     **each("matmul __matmul__", [
         C(R(3, 4), R(4, 5)), C(R(4), R(4)), C(R(4), R(4, 5)), C(R(3, 4), R(4)),
@@ -339,6 +260,14 @@ LINEAR: Table = {
     # backward gives the padding row no gradient, but its tangent counts: not an adjoint pair
     "embedding": [C(rows, R(5, 3)), C(index(1, 1), R(5, 3)),
                   but(C(rows, R(5, 3), 0), adjoint=False)],
+    "embedding_bag": [
+        C(rows, R(5, 3)), C(rows, R(5, 3), mode="sum", per_sample_weights=R(3, 4)),
+        C(flat, R(5, 3), starts), C(flat, R(5, 3), bounds, mode="max", include_last_offset=True),
+        C(rows, R(5, 3), mode="max"), C(flat, R(5, 3), starts, mode="sum", padding_idx=2),
+    ],
+    **each("_grouped_mm grouped_mm", [
+        but(C(R(6, 8), R(3, 8, 4), offs=ends), dtype=torch.float32, strided=False),
+        but(C(R(3, 4, 8), R(3, 8, 4)), dtype=torch.float32, strided=False)]),
 }  # fmt: skip
 
 running_mean, running_var = torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).double()
@@ -357,7 +286,10 @@ NORM: Table = {
                    C(image, running_mean, running_var), C(R(3, 4), running_mean, running_var, R(4)),
                    C(image, running_mean, running_var, weight=R(4), bias=R(4), eps=0.1))),
                    on(torch, C(image, R(4), R(4), running_mean, running_var, False, 0.1, 1e-5,
-                       False))],
+                       False)),
+                   *(on(F, c) for c in (C(image, None, None, R(4), R(4), True),
+                   C(R(3, 4), None, None, training=True), C(R(1, 4, 9), None, None, R(4),
+                       training=True)))],
     "instance_norm": [C(image), C(image, weight=R(4), bias=R(4)), C(image, None, None, R(4)),
                       C(image, running_mean, running_var, R(4), R(4), use_input_stats=False)],
     "_weight_norm": [C(R(3, 4), R(3, 1)), C(R(3, 4), R(1, 4), 1), C(R(3, 4, 2), R(3, 1, 1)),
@@ -460,6 +392,7 @@ ATTENTION: Table = {
 }  # fmt: skip
 
 CASES: Table = {**SHAPE, **SAMPLING, **ELEMENTWISE, **LINEAR, **NORM, **REDUCTION, **ATTENTION}
+CASES = {name: CASES.get(name, []) + COMPLEX.get(name, []) for name in CASES | COMPLEX}
 ALIASES = {
     "special_exp2": "exp2", "special_expm1": "expm1", "special_log1p": "log1p",
         "special_erf": "erf",

@@ -5,10 +5,12 @@
 
 from tangentfast.rules import (  # noqa: F401  (imported for what they register)
     attention,
+    complex,
     elementwise,
     linear,
     norm,
     reduction,
+    sampling,
     shape,
     state,
 )

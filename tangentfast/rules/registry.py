@@ -30,17 +30,32 @@ class Inexact(RuntimeError):
 
 
 class Rule:
-    """How one function acts on dual numbers."""
+    """How one function acts on dual numbers.
 
-    __slots__ = ("apply", "defaults", "inplace", "kind", "parameters")
+    `complex`: whether it holds for complex numbers too, the derivative being that of real and
+    imaginary parts (``torch.func.jvp``'s); a call with complex numbers falls back where it does
+    not. A formula that was written for real numbers has to be looked at before it says so: a square
+    there may be a product with the conjugate.
+    """
 
-    def __init__(self, apply: Callable[..., Any], signature: Callable[..., Any] | None, kind: str):
+    __slots__ = ("apply", "complex", "defaults", "inplace", "keywords", "kind", "parameters")
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        signature: Callable[..., Any] | None,
+        kind: str,
+        complex: bool | None = None,
+    ):
         self.apply = apply
         self.kind = kind
+        self.complex = kind not in ("rule", "fused") if complex is None else complex
         self.parameters: tuple[str, ...] = ()
         self.defaults: tuple[Any, ...] = ()
+        self.keywords = False  # takes any, and needs none of them
         if signature is not None:
             found = list(inspect.signature(signature).parameters.values())
+            self.keywords = any(p.kind is p.VAR_KEYWORD for p in found)
             named = [p for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
             if any(p.kind is p.VAR_POSITIONAL for p in found):
                 named = []  # by position only
@@ -53,6 +68,8 @@ class Rule:
         if self.parameters and len(args) > len(self.parameters):
             return None
         bound = list(args)
+        if self.keywords:
+            return bound
         if not kwargs:
             return bound + list(self.defaults[len(args) :])
         rest = dict(kwargs)
@@ -94,7 +111,9 @@ def evaluate(jvp: Jvp, dargs: Sequence[Sequence[Any] | None]) -> list[Any]:
         torch._C._set_grad_enabled(recording)
 
 
-def rule(*targets: Callable[..., Any] | str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *targets: Callable[..., Any] | str, complex: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register ``forward(*args) -> (y, jvp)``; its parameter names are those of the function."""
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,17 +123,19 @@ def rule(*targets: Callable[..., Any] | str) -> Callable[[Callable[..., Any]], C
             found = forward(*args)
             return None if found is None else (found[0], evaluate(found[1], dargs))
 
-        _register(targets, Rule(apply, forward, "rule"))
+        _register(targets, Rule(apply, forward, "rule", complex))
         return forward
 
     return decorate
 
 
-def fused(*targets: Callable[..., Any] | str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fused(
+    *targets: Callable[..., Any] | str, complex: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register ``body(tangents, *args) -> (y, dys)``, which gets all K rows of tangents at once."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        rule = Rule(lambda args, dargs: body(dargs, *args), body, "fused")
+        rule = Rule(lambda args, dargs: body(dargs, *args), body, "fused", complex)
         rule.parameters, rule.defaults = rule.parameters[1:], rule.defaults[1:]
         rule.inplace -= rule.inplace >= 0
         _register(targets, rule)
@@ -142,11 +163,11 @@ def linear_in_first(*targets: Callable[..., Any] | str) -> None:
             RULES[function] = Rule(function, None, "linear")
 
 
-def constant(*targets: Callable[..., Any] | str) -> None:
+def constant(*targets: Callable[..., Any] | str, complex: bool = True) -> None:
     """Functions whose derivative is zero wherever it exists; their result has no tangent."""
     for target in targets:
         for function in functions(target) if isinstance(target, str) else [target]:
-            RULES[function] = Rule(function, None, "constant")
+            RULES[function] = Rule(function, None, "constant", complex)
 
 
 def metadata(*targets: Callable[..., Any] | str) -> None:

@@ -39,7 +39,7 @@ linear_in_first(
 )
 
 
-@rule(Tensor.view)
+@rule(Tensor.view, complex=True)
 def view(x: Tensor, *shape: Any) -> tuple[Tensor, Jvp] | None:
     if isinstance(shape[0], torch.dtype):  # the same bits read as other numbers
         return None
@@ -50,7 +50,7 @@ def view(x: Tensor, *shape: Any) -> tuple[Tensor, Jvp] | None:
 def _shaped_like(function: Callable[..., Any]) -> None:
     """f(x, other) takes shape or dtype, and nothing else, from `other`."""
 
-    @rule(function)
+    @rule(function, complex=True)
     def like(x: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
         return function(x, other), lambda dx, _: None if dx is None else function(dx, other)
 
@@ -62,7 +62,7 @@ for _function in functions("view_as", "expand_as", "reshape_as", "type_as"):
 def _joined(function: Callable[..., Any]) -> None:
     """Linear in a list of tensors; a missing tangent is a zero that takes no memory."""
 
-    @rule(function)
+    @rule(function, complex=True)
     def join(tensors: Sequence[Tensor], dim: int | None = None) -> tuple[Tensor, Jvp]:
         options = {} if dim is None else {"dim": dim}
 
@@ -82,7 +82,7 @@ for _function in functions("hstack", "vstack", "dstack"):
     _joined(_function)
 
 
-@rule("broadcast_tensors")
+@rule("broadcast_tensors", complex=True)
 def broadcast_tensors(*tensors: Tensor) -> tuple[Any, Jvp]:
     ys = torch.broadcast_tensors(*tensors)
     shape = ys[0].shape
@@ -90,7 +90,7 @@ def broadcast_tensors(*tensors: Tensor) -> tuple[Any, Jvp]:
 
 
 def _at_least(function: Callable[..., Any]) -> None:
-    @rule(function)
+    @rule(function, complex=True)
     def at_least(*tensors: Tensor) -> tuple[Any, Jvp]:
         def jvp(*d: Tensor | None) -> Any:
             ys = [None if dx is None else function(dx) for dx in d]
@@ -104,16 +104,18 @@ for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d):
     _at_least(_function)
 
 
-@rule("pad", "constant_pad_nd")
+@rule("pad", "constant_pad_nd", complex=True)
 def pad(
     input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Tensor, Jvp] | None:
     if not isinstance(mode, str):  # constant_pad_nd(input, pad, value)
         mode, value = "constant", mode
+    if isinstance(value, complex):
+        return None  # which F.pad does not take
     return F.pad(input, pad, mode, value), lambda dx, *_: F.pad(dx, pad, mode)
 
 
-@rule("where")
+@rule("where", complex=True)
 def where(condition: Tensor, input: Any = None, other: Any = None) -> tuple[Tensor, Jvp]:
     def jvp(_: None, dx: Tensor | None, dother: Tensor | None) -> Tensor:
         zero = (dx if dother is None else dother).new_zeros(())  # type: ignore[union-attr]
@@ -124,13 +126,13 @@ def where(condition: Tensor, input: Any = None, other: Any = None) -> tuple[Tens
     return torch.where(condition, input, other), jvp
 
 
-@rule(Tensor.where)
+@rule(Tensor.where, complex=True)
 def where_method(self: Tensor, condition: Tensor, other: Any) -> tuple[Tensor, Jvp]:
     y, jvp = where(condition, self, other)
     return y, lambda dx, _, dother: jvp(None, dx, dother)
 
 
-@rule("masked_fill")
+@rule("masked_fill", complex=True)
 def masked_fill(input: Tensor, mask: Tensor, value: Any) -> tuple[Tensor, Jvp]:
     def jvp(dx: Tensor | None, _: None, dvalue: Tensor | None) -> Tensor:
         if dx is None:
@@ -163,7 +165,7 @@ def _jointly_linear(
 
             return f(*args), evaluate(jvp, dargs)
 
-        RULES[function] = Rule(apply, None, "rule")
+        RULES[function] = Rule(apply, None, "rule", complex=True)
         RULES[function].parameters = tuple(parameters.split())
         RULES[function].defaults = defaults and (None, None, *defaults)
 
@@ -182,7 +184,7 @@ _jointly_linear(["diagonal_scatter"], "input src offset dim1 dim2", 1, (0, 0, 1)
 # unaliased.
 
 
-@rule(FORMS["__setitem__"])
+@rule(FORMS["__setitem__"], complex=True)
 def assign(x: Tensor, index: Any, value: Any) -> tuple[Tensor, Jvp]:
     def written(into: Tensor, values: Any) -> Tensor:
         into = into.clone()
@@ -195,7 +197,7 @@ def assign(x: Tensor, index: Any, value: Any) -> tuple[Tensor, Jvp]:
     return x.detach(), jvp
 
 
-@rule(FORMS["copy_"])
+@rule(FORMS["copy_"], complex=True)
 def overwrite(x: Tensor, src: Tensor, non_blocking: bool = False) -> tuple[Tensor, Jvp]:
     def jvp(_: Tensor | None, dsrc: Tensor | None, __: None) -> Tensor | None:
         return None if dsrc is None else dsrc.to(x.device, x.dtype).expand(x.shape)
@@ -203,7 +205,7 @@ def overwrite(x: Tensor, src: Tensor, non_blocking: bool = False) -> tuple[Tenso
     return x.detach(), jvp
 
 
-@rule(FORMS["fill_"])
+@rule(FORMS["fill_"], complex=True)
 def fill(x: Tensor, value: Any) -> tuple[Tensor, Jvp]:
     return (
         x.detach(),
@@ -211,6 +213,7 @@ def fill(x: Tensor, value: Any) -> tuple[Tensor, Jvp]:
     )
 
 
-@rule(FORMS["zero_"])
-def forget(x: Tensor, *args: Any) -> tuple[Tensor, Jvp]:
+@rule(FORMS["zero_"], complex=True)
+def forget(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Jvp]:
+    """What is written has no derivative, whatever the options (``generator=``) of a random fill."""
     return x.detach(), lambda *_: None
