@@ -116,12 +116,21 @@ SHAPE: Table = {
     "select_scatter": [C(R(4, 3), R(4), 1, 2)],
     "slice_scatter": [C(R(4, 3), R(4, 3)), C(R(4, 3), R(2, 3), 0, 1, 3),
                       C(R(4, 3), R(2, 3), start=2)],
+    "as_strided_scatter": [but(
+        C(R(3, 4), R(2, 2), (2, 2), (5, 1), 1), strided=False, adjoint=False)],
     "diagonal_scatter": [C(R(3, 3), R(3)), C(R(3, 3), R(2), 1), C(R(3, 3), R(2), offset=-1)],
 }  # fmt: skip
 
 points = R(2, 3, 5, 2, low=-1.2, high=1.2)
 points3 = R(1, 2, 3, 2, 3, low=-1.2, high=1.2)
+_, highest = F.max_pool2d(torch.randn(1, 2, 4, 4), 2, return_indices=True)
 SAMPLING: Table = {
+    "max_unpool1d": [C(R(1, 2, 2), index([0, 3], [1, 2])[None], 2)],
+    "max_unpool2d": [on(F, C(R(1, 2, 2, 2), highest, 2)),
+                     on(torch._C._nn, C(R(1, 2, 2, 2), highest, (4, 4)))],
+    "max_unpool3d": [on(F, C(R(1, 2, 1, 2, 2), highest[:, :, None], (1, 2, 2))),
+                     on(torch._C._nn, C(
+                         R(1, 2, 1, 2, 2), highest[:, :, None], (1, 4, 4), (1, 2, 2), (0, 0, 0)))],
     "grid_sample": [
         C(image, points), C(image, points, "nearest"), C(image, points, "bicubic", "reflection"),
         C(image, points, padding_mode="border", align_corners=True), C(volume, points3),
@@ -182,6 +191,12 @@ ELEMENTWISE: Table = {
     **{name: unary(name) for name in UNARY.split()},
     "gelu": [*SHAPES, C(R(3, 4), approximate="tanh")],
     "leaky_relu": [*SHAPES, C(R(3, 4), 0.2), C(R(3, 4), negative_slope=0.3)],
+    "celu": [*SHAPES, C(R(3, 4), 0.5), C(R(3, 4), alpha=1.5)],
+    **each("threshold _threshold", [
+        C(R(3, 4), 0.1, 20.0), C(R(), threshold=-0.5, value=0.0)]),
+    "rrelu": [on(F, C(R(3, 4))), on(F, C(R(3, 4), 0.1, 0.4, True))],
+    **each("alpha_dropout feature_alpha_dropout", [
+        on(F, C(R(3, 4, 5), 0.4, True)), on(F, C(R(3, 4, 5))), on(F, C(R(3, 4), 1.0, True))]),
     "elu": [*SHAPES, C(R(3, 4), 0.5), C(R(3, 4), alpha=1.5)],
     "hardtanh": [*SHAPES, C(R(3, 4), -0.5, 0.7), C(R(3, 4), min_val=-0.1)],
     "softplus": [*SHAPES, C(R(3, 4), 2), C(R(3, 4), threshold=0.5)],
@@ -391,7 +406,27 @@ ATTENTION: Table = {
     ],
 }  # fmt: skip
 
-CASES: Table = {**SHAPE, **SAMPLING, **ELEMENTWISE, **LINEAR, **NORM, **REDUCTION, **ATTENTION}
+labels = index([1, 0, -1, 2], [2, -1, 0, 0], [0, 1, 2, 3])
+LOSS: Table = {
+    "multi_margin_loss": [C(R(3, 4), index(0, 3, 1)), C(R(4), index(2)[0], 2, reduction="sum"),
+                          C(R(3, 4), index(0, 3, 1), 1, 0.5, torch.arange(4.0).double()),
+                          C(R(3, 4), index(0, 3, 1), reduction="none"),
+                          C(R(3, 4), index(0, 3, 1), size_average=False)],
+    "multilabel_margin_loss": [C(R(3, 4), labels), C(R(4), labels[0], reduction="sum"),
+                               C(R(3, 4), labels, reduction="none"),
+                               C(R(3, 4), labels, reduce=False)],
+}  # fmt: skip
+
+CASES: Table = {
+    **SHAPE,
+    **SAMPLING,
+    **ELEMENTWISE,
+    **LINEAR,
+    **NORM,
+    **REDUCTION,
+    **ATTENTION,
+    **LOSS,
+}
 CASES = {name: CASES.get(name, []) + COMPLEX.get(name, []) for name in CASES | COMPLEX}
 ALIASES = {
     "special_exp2": "exp2", "special_expm1": "expm1", "special_log1p": "log1p",

@@ -6,10 +6,13 @@ The derivative is that of the real and imaginary parts: of y = z conj(z) along d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tangentfast.rules.registry import Jvp, add, linear_in_first, rule
+from tangentfast.rules.registry import Jvp, add, evaluate, fused, linear_in_first, rule
 
 _transforms = [
     f"{i}{kind}{n}" for kind in ("fft", "rfft", "hfft") for i in ("", "i") for n in ("", "2", "n")
@@ -18,7 +21,7 @@ linear_in_first(
     *(getattr(torch.fft, name) for name in _transforms),
     torch.fft.fftshift,
     torch.fft.ifftshift,
-    *("stft", "istft", "imag", "conj_physical", "cfloat", "cdouble"),
+    *("imag", "conj_physical", "cfloat", "cdouble"),
     Tensor.imag.__get__,  # type: ignore[attr-defined]
 )
 
@@ -63,3 +66,57 @@ def angle(input: Tensor) -> tuple[Tensor, Jvp]:
         return torch.where(input == 0, 0, (dx / input).imag)  # 0 at 0, as autograd has it
 
     return torch.angle(input), jvp
+
+
+@rule("stft", complex=True)
+def stft(
+    input: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    center: bool = True,
+    pad_mode: str = "reflect",
+    normalized: bool = False,
+    onesided: bool | None = None,
+    return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> tuple[Tensor, Jvp]:
+    """Linear in the signal and in the window."""
+    newer = {} if align_to_window is None else {"align_to_window": align_to_window}
+
+    def product(input: Tensor, window: Tensor | None) -> Tensor:
+        return torch.stft(
+            input, n_fft, hop_length, win_length, window, center, pad_mode, normalized, onesided,
+            return_complex, **newer,
+        )  # fmt: skip
+
+    def jvp(dx: Tensor | None, *rest: Tensor | None) -> Tensor | None:
+        dwindow = rest[3]
+        return add(
+            None if dx is None else product(dx, window),
+            None if dwindow is None else product(input, dwindow),
+        )
+
+    return product(input, window), jvp
+
+
+@fused("istft", complex=True)
+def istft(
+    tangents: Sequence[Any],
+    input: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> tuple[Tensor, list[Any]] | None:
+    if any(row is not None and row[4] is not None for row in tangents):
+        return None  # it divides by the squares of the window
+    options = (n_fft, hop_length, win_length, window, center, normalized, onesided, length)
+    dys = evaluate(lambda dx, *_: torch.istft(dx, *options, return_complex), tangents)
+    return torch.istft(input, *options, return_complex), dys

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangentfast.ops.activation import activation_jvp
-from tangentfast.rules.registry import Jvp, add, composite, functions, fused, rule
+from tangentfast.rules.registry import Jvp, add, functions, fused, rule
 
 aten = torch.ops.aten
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (dx, x, y) -> dy
@@ -128,6 +128,24 @@ def leaky_relu(
 @rule("elu")
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tensor, Jvp]:
     return F.elu(input, alpha), lambda dx, *_: aten.elu_backward(dx, alpha, 1, 1, False, input)
+
+
+@rule("celu")
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tensor, Jvp]:
+    return (
+        F.celu(input, alpha),
+        lambda dx, *_: aten.elu_backward(dx, alpha, 1, 1 / alpha, False, input),
+    )
+
+
+@rule("threshold")
+def threshold(
+    input: Tensor, threshold: float, value: float, inplace: bool = False
+) -> tuple[Tensor, Jvp]:
+    return (
+        F.threshold(input, threshold, value),
+        lambda dx, *_: aten.threshold_backward(dx, input, threshold),
+    )
 
 
 @rule("hardtanh")
@@ -321,20 +339,3 @@ def _chosen(function: Callable[..., Any]) -> None:
 
 for _function in functions("maximum", "minimum", "fmax", "fmin"):
     _chosen(_function)
-
-
-def _dropout(function: Callable[..., Any]) -> None:
-    """Linear once the mask is drawn; drawn once, as torch draws it, so that seeds mean the same."""
-
-    @composite(function)
-    def dropout(
-        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0:
-            return input
-        mask = function(torch.ones_like(input), p, training)
-        return input.mul_(mask) if inplace else input * mask
-
-
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout):
-    _dropout(_function)

@@ -32,6 +32,7 @@ linear_in_first(
     *("masked_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("to", "float", "double", "half", "bfloat16", "cpu", "cuda", "type", "pin_memory"),
     *("sum", "mean", "cumsum", "trace", "neg", "negative"),
+    *("max_unpool1d", "max_unpool2d", "max_unpool3d"),
     *("interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     Tensor.__getitem__,
@@ -178,6 +179,24 @@ _jointly_linear(["masked_scatter"], "input mask source", 2)
 _jointly_linear(["select_scatter"], "input src dim index", 1)
 _jointly_linear(["slice_scatter"], "input src dim start end step", 1, (0, None, None, 1))
 _jointly_linear(["diagonal_scatter"], "input src offset dim1 dim2", 1, (0, 0, 1))
+
+
+@rule("as_strided_scatter", complex=True)
+def as_strided_scatter(
+    input: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> tuple[Tensor, Jvp] | None:
+    if not input.is_contiguous():
+        return None
+
+    def jvp(dx: Tensor | None, dsrc: Tensor | None, *_: None) -> Tensor:
+        dx, dsrc = _zeros(dx, input).contiguous(), _zeros(dsrc, src)
+        return torch.as_strided_scatter(dx, dsrc, size, stride, storage_offset)
+
+    return torch.as_strided_scatter(input, src, size, stride, storage_offset), jvp
 
 
 # The functional forms of writes are called for their tangents; their y is what was there,

@@ -1,7 +1,7 @@
 """Directional derivatives by torch alone, none of them taken at its word.
 
-Three ways to the same number: ``torch.func.jvp``, torch's backward (the adjoint identity, or twice
-backward), and central finite differences. Two that agree are the truth.
+Three ways to the same number: ``torch.func.jvp``, torch's backward (the adjoint identity, or row by
+row), and central finite differences. Two that agree are the truth.
 """
 
 from __future__ import annotations
@@ -70,17 +70,19 @@ def by_forward(f: Function, xs: Sequence[Tensor], vs: Sequence[Tensor]) -> list[
         return list(torch.func.jvp(lambda *x: tuple(numbers(f(*x))), tuple(xs), tuple(vs))[1])
 
 
-def by_double_backward(f: Function, xs: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
-    """J v as the derivative by u of ⟨v, Jᵀ u⟩."""
+def by_rows(f: Function, xs: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
+    """J v by one row of J after the other, from torch's backward."""
     xs = [x.detach().requires_grad_() for x in xs]
     ys = numbers(f(*xs))
-    depending = [y for y in ys if y.requires_grad]
-    us = [torch.zeros_like(y, requires_grad=True) for y in depending]
-    grads = torch.autograd.grad(depending, xs, us, create_graph=True, allow_unused=True)
-    inner = sum(dot(g, v) for g, v in zip(grads, vs, strict=True) if g is not None)
-    dys = torch.autograd.grad(inner, us, allow_unused=True, materialize_grads=True)
-    rest = iter(dys)
-    return [next(rest) if y.requires_grad else torch.zeros_like(y) for y in ys]
+    dys = [torch.zeros_like(y) for y in ys]
+    for y, dy in zip(ys, dys, strict=True):
+        for i, entry in enumerate(y.flatten() if y.requires_grad else []):
+            for u in (1, 1j) if y.is_complex() else (1,):
+                ws = torch.autograd.grad(
+                    entry, xs, torch.full_like(entry, u), retain_graph=True, materialize_grads=True
+                )
+                dy.view(-1)[i] += u * sum(dot(w, v) for w, v in zip(ws, vs, strict=True))
+    return dys
 
 
 def by_differences(
@@ -126,7 +128,7 @@ def derivative(
         dys = by_forward(f, xs, vs)
     except (NotImplementedError, RuntimeError):
         try:
-            dys = by_double_backward(f, xs, vs)
+            dys = by_rows(f, xs, vs)
         except (NotImplementedError, RuntimeError):
             return by_differences(f, xs, vs), COARSE
     try:
