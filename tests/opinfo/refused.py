@@ -1,3 +1,40 @@
 """What is not computed: operations that tangentfast refuses, and those that torch itself cannot."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Refused(NamedTuple):
+    """Which forms of an operation are refused (for some arguments at least), and why."""
+
+    reason: str
+    forms: tuple[str, ...] = ("function",)
+
+
+SHAPE = "changes what a tensor is, not what it holds"
+GAUGE = "singular vectors of complex matrices have no derivative: their phase is arbitrary"
+PHASE = ("function", "method")
+REFUSED: dict[str, Refused] = {
+    "addbmm": Refused("torch grows the target", ("inplace_",)),
+    "as_strided": Refused(SHAPE, ("inplace_",)),
+    "as_strided_partial_views": Refused(SHAPE, ("inplace_",)),
+    "squeeze": Refused(SHAPE, ("inplace_",)),
+    "squeeze_multiple": Refused(SHAPE, ("inplace_",)),
+    "t": Refused(SHAPE, ("inplace_",)),
+    "transpose": Refused(SHAPE, ("inplace_", "swapdims.inplace_", "swapaxes.inplace_")),
+    "unsqueeze": Refused(SHAPE, ("inplace_",)),
+    "nn_functional_batch_norm": Refused("moves its running statistics"),
+    "nn_functional_instance_norm": Refused("moves its running statistics"),
+    "normal": Refused("torch has no derivative of it where mean and deviation differ in shape"),
+    "_segment_reduce_lengths": Refused("a prototype that torch can differentiate once"),
+    "_segment_reduce_offsets": Refused("a prototype that torch can differentiate once"),
+    "to_sparse": Refused("sparse tensors carry no tangent", ("method",)),
+}
+
+# Operations that torch itself cannot differentiate on a CPU, or not compare.
+UNTESTED = {
+    "chalf": "torch cannot divide complex numbers of 16-bit parts",
+    "sparse_sampled_addmm": "needs sparse arguments",
+    "sparse_mm_reduce": "needs sparse arguments",
+}

@@ -99,8 +99,8 @@ def samples(op: OpInfo, dtype: torch.dtype, count: int) -> list[Sample]:
     kinds: dict[str, tuple[int, Sample]] = {}
     for size, kind, sample in sorted(made, key=lambda m: m[0]):
         kinds.setdefault(kind, (size, sample))
-    chosen = [s for size, s in sorted(kinds.values(), key=lambda m: m[0]) if size <= LARGEST]
-    return chosen[:count]
+    ordered = sorted(kinds.values(), key=lambda m: m[0])
+    return [s for n, (size, s) in enumerate(ordered) if n == 0 or size <= LARGEST][:count]
 
 
 def _made(op: OpInfo, dtype: torch.dtype) -> Iterator[tuple[int, str, Sample]]:
@@ -120,3 +120,26 @@ def _filled(tensors: list[Tensor]) -> bool:
 
 def _output_of(sample: SampleInput) -> Function:
     return sample.output_process_fn_grad or (lambda y: y)
+
+
+def constants(dtype: torch.dtype) -> list[Sample]:
+    """A sample of every operation that torch has no derivative of, all its numbers being inputs."""
+    found = []
+    for op in op_db:
+        if op.supports_autograd or dtype not in op.supported_dtypes("cpu"):
+            continue
+        if "empty" in op.name or "jiterator" in op.name:
+            continue  # means nothing, and needs a GPU
+        torch.manual_seed(0)
+        for s in islice(op.sample_inputs("cpu", dtype), LOOKED_AT):
+            leaves, spec = tree_flatten((s.input, tuple(s.args), dict(s.kwargs)))
+            leaves = [_moving(x) for x in leaves]
+            sample = Sample(op, leaves, spec, _output_of(s))
+            if sample.active and _filled([leaves[i] for i in sample.active]):
+                found.append(sample)
+                break
+    return found
+
+
+def _moving(x: Any) -> Any:
+    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
