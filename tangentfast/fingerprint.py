@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLES = 64  # elements of each tensor: a ViT-B takes a few milliseconds
 
@@ -37,7 +37,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     same base after training or merging; it is no checksum of a file.
 
     Args:
-        tensors: name -> real tensor of any shape and dtype.
+        tensors: name -> tensor of any shape and dtype.
     """
     names = sorted(tensors)
     samples = [_samples(tensors[name].detach()) for name in names]
@@ -57,8 +57,34 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def checksum(tensor: Tensor) -> tuple[int, ...] | None:
+    """Numbers that change with any one element and, but by chance, with any change of several.
+
+    Sums of the elements' bits in 64 bits, whole numbers without rounding, along rows and along
+    columns, each with its own odd factor so that places count. None where there is no plain memory
+    to read (meta, sharded tensors).
+    """
+    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return None
+    with torch.no_grad():
+        flat = tensor.detach().reshape(-1)
+        bits = flat.view(torch.uint8 if flat.element_size() != 4 else torch.int32)
+        wide = 1 << 12
+        whole = bits.numel() // wide * wide
+        table = bits[:whole].view(whole // wide, wide)
+        parts = [table.sum(1, dtype=torch.int64), table.sum(0, dtype=torch.int64)]
+        parts.append(bits[whole:].to(torch.int64))
+        sums = []
+        for part in parts:
+            places = 2 * torch.arange(part.numel(), device=part.device) + 1
+            sums.append((part * places * 0x9E3779B97F4A7C1).sum())
+        return tuple(torch.stack(sums).tolist())
+
+
 def _samples(tensor: Tensor) -> Tensor:
     """At most SAMPLES elements, evenly spaced in row-major order: [n] float64."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     total = tensor.numel()
     count = min(total, SAMPLES)
     places = [i * (total - 1) // max(count - 1, 1) for i in range(count)]

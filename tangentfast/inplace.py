@@ -7,6 +7,7 @@ known here shares the memory, the write is refused, or the reader notices by the
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tangentfast._torch import base, storage_uses, subclassed, version
 
 
 def _assign(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -41,10 +44,8 @@ FORMS: dict[str, Callable[..., Any]] = {
     "__setitem__": _assign,
     "copy_": _overwrite,
     "fill_": _fill,
-    **dict.fromkeys(
-        ("zero_", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_"),
-        _forget,
-    ),
+    **dict.fromkeys(("zero_", "uniform_", "normal_", "bernoulli_", "random_"), _forget),
+    **dict.fromkeys(("exponential_", "geometric_", "cauchy_", "log_normal_"), _forget),
 }
 # These change what the tensor is, not what it holds: nothing sensible can be said of tangents.
 _REFUSED = {
@@ -81,12 +82,31 @@ def functional_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
     )
 
 
-def version(tensor: Tensor) -> int:
-    """The counter of writes in place to the memory of `tensor` (0 where torch keeps none)."""
+@cache
+def _inplace_at(func: Callable[..., Any]) -> tuple[inspect.Signature, int] | None:
+    """The signature of a Python function with an argument `inplace`, and where that stands."""
     try:
-        return tensor._version
-    except RuntimeError:  # an inference tensor
-        return 0
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # not written in Python
+        return None
+    names = list(signature.parameters)
+    return (signature, names.index("inplace")) if "inplace" in names else None
+
+
+def bound(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], int] | None:
+    """For a call with ``inplace=True`` its arguments by position with False there, and where."""
+    found = _inplace_at(func)
+    if found is None:
+        return None
+    call = found[0].bind(*args, **kwargs)
+    call.apply_defaults()
+    values = list(call.arguments.values())
+    if not values[found[1]]:
+        return None
+    values[found[1]] = False
+    return values, found[1]
 
 
 class _Ref(weakref.ref[Any]):
@@ -107,29 +127,27 @@ class Sharers:
 
     def add(self, handle: Any) -> None:
         """Remember `handle` for as long as it lives."""
-        group = self._by_root.setdefault(id(root_of(handle.primal)), {})
+        group = self._by_root.setdefault(id(base(handle.primal)), {})
         ref = _Ref(handle, _Ref.leave)
         ref.group = group
         group[id(ref)] = ref
 
+    def alive(self) -> bool:
+        """Whether any handle is still held by anyone."""
+        return any(self._by_root.values())
+
     def of(self, tensor: Tensor) -> list[Any]:
         """The live handles that share memory with `tensor`."""
-        root = root_of(tensor)
+        root = base(tensor)
         group = self._by_root.get(id(root))
         if not group:
             return []
         handles = [ref() for ref in group.values()]
         # an id may be that of a tensor that died; its handles had another root
-        return [h for h in handles if h is not None and root_of(h.primal) is root]
+        return [h for h in handles if h is not None and base(h.primal) is root]
 
 
-def root_of(tensor: Tensor) -> Tensor:
-    """The tensor whose memory `tensor` is a view of; itself if it is no view."""
-    base = tensor._base
-    return tensor if base is None else base
-
-
-def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> None:
+def check(target: Tensor, primal: Tensor, dual: Any, name: str, pass_: Any) -> None:
     """Refuse, before anything is written, what could not be followed."""
     if 0 in primal.stride() and any(
         s == 0 and n > 1 for s, n in zip(primal.stride(), primal.shape, strict=True)
@@ -137,7 +155,7 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
         raise RuntimeError(
             f"{name} in {pass_.where()} writes to an expanded tensor; clone it first."
         )
-    root = root_of(primal)
+    root = base(primal)
     if isinstance(root, nn.Parameter):
         raise RuntimeError(
             f"{name} in {pass_.where()} writes to a parameter in place; a pass on dual numbers "
@@ -147,9 +165,7 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
         return
     # A plain tensor takes a tangent. Its holders: itself, the base of a view, and the storage
     # object asked here. Any other holder would keep reading it as a constant.
-    storage = primal.untyped_storage()
-    known = 2 + (root is not primal)
-    if torch._C._storage_Use_Count(storage._cdata) > known:
+    if storage_uses(primal) > 2 + (root is not primal):
         raise RuntimeError(
             f"{name} in {pass_.where()} writes a tensor with a tangent into memory that another "
             "plain tensor shares, which would not see the tangent. Clone the target before it is "
@@ -158,10 +174,10 @@ def check(target: Tensor, primal: Tensor, dual: type, name: str, pass_: Any) -> 
 
 
 def commit(
-    target: Any, primal: Tensor, tangents: Sequence[Tensor | None], dual: type, pass_: Any
+    target: Any, primal: Tensor, tangents: Sequence[Tensor | None], dual: Any, pass_: Any
 ) -> None:
     """After the write: give `target` its tangents, and its sharers what became of theirs."""
-    root = root_of(primal)
+    root = base(primal)
     if type(target) is not dual:
         known = pass_.sharers.of(root)
         if all(t is None for t in tangents) and not known:
@@ -169,6 +185,8 @@ def commit(
         if root is not target and not known:
             _upgrade(root, dual, pass_)
         _upgrade(target, dual, pass_)
+        primal = target.primal
+        root = base(primal)
     target.tangents = tuple(tangents)
     for handle in pass_.sharers.of(root):
         if handle is not target:
@@ -179,15 +197,25 @@ def commit(
         handle.version = version(handle.primal)
 
 
-def _upgrade(plain: Tensor, dual: type, pass_: Any) -> None:
+def _upgrade(plain: Tensor, dual: Any, pass_: Any) -> None:
     """Turn the tensor object that the caller holds into a dual number with no tangent yet."""
-    alias = plain.as_subclass(Tensor)
-    plain.__class__ = dual
-    plain.primal = alias  # type: ignore[attr-defined]
-    plain.tangents = (None,) * pass_.k  # type: ignore[attr-defined]
-    plain.owner = pass_  # type: ignore[attr-defined]
-    plain.version = alias._version  # type: ignore[attr-defined]
-    pass_.sharers.add(plain)
+    primal = subclassed(dual, plain, not plain.is_inference())
+    try:
+        torch.utils.swap_tensors(plain, primal)
+    except RuntimeError:  # it has views or is one: the object becomes a handle without its marks
+        primal = plain.as_subclass(Tensor)
+        plain.__class__ = dual
+    plain.begin(primal, (None,) * pass_.k, pass_)  # type: ignore[attr-defined]
+
+
+def lower(handle: Any) -> None:
+    """Undo `_upgrade`: the object that the caller holds is plain again, with what was written."""
+    primal = handle.primal
+    if primal._is_view():
+        handle.__class__ = Tensor
+        handle.__dict__.clear()
+    else:
+        torch.utils.swap_tensors(handle, primal)
 
 
 def _follow(

@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tangentfast.dual import Dual, make_dual
-from tangentfast.linearize import LinearizedModel
+from tangentfast import hooks
+from tangentfast.dispatch import constant
+from tangentfast.dual import Dual, make_dual, plain
+from tangentfast.graph import origins
+from tangentfast.kept import Kept, check_read
+from tangentfast.linearize import LinearizedModel, places
 from tangentfast.passes import Pass, running
+from tangentfast.substitute import substituted
+from tangentfast.trees import tree_map
 
 Direction = Mapping[str, Tensor]
 
 
+@torch.compiler.disable  # dual numbers are not traced: the function runs as it is written
 def jvp(
     fn: Callable[..., Any],
     inputs: tuple[Any, ...],
@@ -71,65 +77,97 @@ def jvp(
         )
     recording = torch.is_grad_enabled()
     if not recording:
-        inputs, kwargs = tree_map(_detached, (inputs, dict(kwargs or {})))
+        inputs, kwargs = tree_map(Tensor.detach, (inputs, dict(kwargs or {})))
     k = max(len(directions), 1)
     root = fn if isinstance(fn, nn.Module) else None
     pass_ = Pass(k, root, strict=not recording)
-    call = fn
-    with running(pass_):
-        if directions:
-            call = _with_parameters(fn, directions, pass_, recording)
-        elif root is not None and not recording:
-            call = _with_parameters(fn, [{}], pass_, recording)
-        args = inputs if tangents is None else _with_tangents(inputs, tangents, pass_)
-        out = call(*args, **(kwargs or {}))
-    leaves, spec = tree_flatten(out)
-    primals = [x.primal if type(x) is Dual else x for x in leaves]
-    douts = [tree_unflatten([_tangent(x, i) for x in leaves], spec) for i in range(k)]
-    return tree_unflatten(primals, spec), douts[0] if single else douts
+    table, moving = _duals_of(fn, directions, pass_, recording)
+    hooks.carry_duals()
+    kept = Kept(root) if root is not None else None
+    try:
+        with running(pass_), substituted(root, table, pass_.read):
+            args = inputs if tangents is None else _with_tangents(inputs, tangents, pass_)
+            out = fn(*args, **(kwargs or {}))
+        del args, table
+        for name, module, parameter in moving:
+            if kept is not None and id(parameter) not in pass_.read:
+                check_read(kept, module, name)
+        out = tree_map(lambda x: _checked(x, pass_), out)
+        douts = [tree_map(lambda x, i=i: _tangent(x, i), out) for i in range(k)]  # type: ignore[misc]
+        out = tree_map(plain, out)
+    finally:
+        if kept is not None and pass_.sharers.alive():
+            kept.restore()
+    return out, douts[0] if single else douts
 
 
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
+def _checked(x: Tensor, pass_: Pass) -> Tensor:
+    """An output, if its graph leads to no handle: then it was computed from one past the rules."""
+    primal = plain(x)
+    if pass_.strict:
+        return x if x is not primal or not x.requires_grad else constant(x, pass_, "jvp: an output")
+    if primal.requires_grad and any(type(leaf) is Dual for leaf in origins(primal, pass_.graph)):
+        raise RuntimeError(
+            "jvp: an output was computed from a tensor that had lost its tangent. Expected every "
+            "operation to be a torch function: a custom autograd.Function, a torch.func transform "
+            "or torch.autograd.functional does this. Replace it, or detach its result."
+        )
+    return x
 
 
-def _tangent(x: Any, k: int) -> Any:
+def _tangent(x: Tensor, k: int) -> Tensor:
     if type(x) is Dual:
         dy = x.tangents[k]
         return torch.zeros_like(x.primal) if dy is None else dy
-    return torch.zeros_like(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+    return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else x
 
 
-def _with_parameters(
+def _duals_of(
     fn: Callable[..., Any], directions: list[Direction], pass_: Pass, recording: bool
-) -> Callable[..., Any]:
-    """`fn` with the parameters that have a tangent replaced by dual numbers."""
+) -> tuple[dict[int, Tensor], list[tuple[str, nn.Module, Tensor]]]:
+    """What stands for the parameters of `fn` in the pass, by identity; and those with a tangent."""
     if not isinstance(fn, nn.Module):
-        raise TypeError(f"jvp: params needs a module, got {type(fn).__name__}.")
-    named = dict(fn.named_parameters())
+        if directions:
+            raise TypeError(f"jvp: params needs a module, got {type(fn).__name__}.")
+        return {}, []
+    named = {name: (module, parameter) for name, module, _, parameter in places(fn)}
     for i, direction in enumerate(directions):
         for name, tangent in direction.items():
             if name not in named:
                 raise ValueError(
                     f"jvp: params[{i}][{name!r}] is no parameter of {type(fn).__name__}."
                 )
-            if tangent.shape != named[name].shape:
+            parameter = named[name][1]
+            if tangent.shape != parameter.shape:
                 raise ValueError(
                     f"jvp: params[{i}][{name!r}] has shape {tuple(tangent.shape)}, "
-                    f"the parameter has {tuple(named[name].shape)}."
+                    f"the parameter has {tuple(parameter.shape)}."
                 )
-    replaced: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        primal = parameter if recording else parameter.detach()
+            if isinstance(named[name][0], torch.jit.ScriptModule):
+                raise ValueError(
+                    f"jvp: params[{i}][{name!r}] is read by code that torch.jit compiled, where it "
+                    "cannot carry a tangent. Pass the original Python module."
+                )
+            if hasattr(parameter, "full_tensor"):
+                raise ValueError(
+                    f"jvp: params[{i}][{name!r}] is sharded, and is gathered only inside the "
+                    "forward. Take derivatives along parameters before fully_shard, or linearize."
+                )
+    table: dict[int, Tensor] = {}
+    moving: list[tuple[str, nn.Module, Tensor]] = []
+    for name, (module, parameter) in named.items():
         along = [d.get(name) for d in directions]
+        primal = parameter if recording else parameter.detach()
         if any(t is not None for t in along):
             # an alias: the handle's own primal must not be the caller's parameter object
             primal = primal.view_as(primal)
             along = [t if t is None else t.detach().to(primal.device, primal.dtype) for t in along]
-            replaced[name] = make_dual(primal, along, pass_)
-        elif not recording:
-            replaced[name] = primal
-    return lambda *args, **kwargs: torch.func.functional_call(fn, replaced, args, kwargs)
+            table[id(parameter)] = dual = make_dual(primal, along, pass_)
+            dual.parameter = parameter
+            moving.append((name, module, parameter))
+        elif not recording and not hasattr(parameter, "full_tensor"):
+            table[id(parameter)] = primal
+    return table, moving
 
 
 def _with_tangents(
@@ -144,14 +182,15 @@ def _with_tangents(
         if dx is None:
             args.append(x)
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"jvp: inputs[{i}] is {kind}; only a floating tensor has a tangent.")
+        x = x.clone() if x.is_inference() else x.view_as(x)
         if not isinstance(dx, Tensor):
             dx = torch.full_like(x, dx, requires_grad=False)
         if dx.shape != x.shape:
             raise ValueError(
                 f"jvp: tangents[{i}] has shape {tuple(dx.shape)}, inputs[{i}] has {tuple(x.shape)}."
             )
-        args.append(make_dual(x.view_as(x), [dx.detach().to(x.dtype)], pass_))
+        args.append(make_dual(x, [dx.detach().to(x.dtype)], pass_))
     return tuple(args)

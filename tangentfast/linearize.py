@@ -15,26 +15,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tangentfast import sharding
-from tangentfast.anchor import SUFFIX, anchor, release
+from tangentfast import hooks
+from tangentfast._torch import compiled_original, version
+from tangentfast.anchor import anchor, anchored, release, theta0_of
+from tangentfast.dispatch import constant
 from tangentfast.dual import Dual
-from tangentfast.fingerprint import Base, fingerprint
-from tangentfast.inplace import version
-from tangentfast.passes import Pass, running
+from tangentfast.fingerprint import Base, checksum, fingerprint
+from tangentfast.kept import Kept, check_read
+from tangentfast.passes import Anchors, Pass, running
 from tangentfast.select import Selection, describe, select
 from tangentfast.task_vector import TaskVector
+from tangentfast.trees import tensors, tree_map
 
 
 class LinearizedModel(nn.Module):
     """A network replaced by its first-order expansion at θ0; made by `linearize`.
 
-    An ordinary module: same call signature and output structure as the original, every
-    floating-point tensor of the output linearized. ``parameters()`` are the trained τ. θ0 is shared
-    with the original model, which stays usable; changing θ0 in place afterwards is an error at the
-    next call.
+    An ordinary module: same call signature and output structure as the original, every floating or
+    complex tensor of the output linearized. ``parameters()`` are the trained τ, here and in a model
+    that has this one as a part; θ0 is `theta0`. It is shared with the original model, which stays
+    usable; changing its values in place afterwards is an error at the next call.
     """
 
     base: Base
@@ -49,29 +52,27 @@ class LinearizedModel(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.model, sites = _shared_copy(model, names, dtype)
+        self._anchors = Anchors()
+        self.model, self._sites = _shared_copy(model, names, dtype, self._anchors)
         self.base = base
         self.selection = selection
-        self._sites: list[tuple[str, nn.Module, str]] = sites
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         self._fallbacks: Counter[tuple[str, str]] = Counter()
-        self.train(model.training)
+        self.training = model.training  # every submodule keeps its own mode
+        self.register_load_state_dict_post_hook(_after_loading)
         self._remember()
 
     @property
     def tau(self) -> dict[str, nn.Parameter]:
         """τ by the original model's parameter names: ``lin.tau["visual.proj"].grad``."""
-        return {name: m._parameters[own + SUFFIX] for name, m, own in self._sites}  # type: ignore[misc]
+        return {name: anchored(module)[own][1] for name, module, own in self._sites}
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained parameters τ, and only those; θ0 is in ``model.parameters()``."""
-        taus = {id(tau) for tau in self.tau.values()} if recurse else set()
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if id(parameter) in taus:
-                yield name, parameter
+    @property
+    def theta0(self) -> dict[str, nn.Parameter]:
+        """θ0, frozen, by the original model's parameter names; all of it, trained or not."""
+        return {name: parameter for name, _, _, parameter in places(self.model)}
 
+    @torch.compiler.disable  # dual numbers are not traced: the model runs as it is written
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """f(x; θ0) + J(x) τ.
 
@@ -80,38 +81,48 @@ class LinearizedModel(nn.Module):
                 cannot be linearized exactly (the message names operation, module and remedy).
         """
         self._check_base()
+        hooks.carry_duals()
         recording = torch.is_grad_enabled()
-        if recording and any(
-            isinstance(x, Tensor) and x.requires_grad for x in _leaves(args, kwargs)
-        ):
+        if recording and any(x.requires_grad for x in tensors((args, kwargs))):
             raise RuntimeError(
                 "linearized model: an input requires grad, but the backward of a linearized model "
                 "gives gradients to τ alone. Expected inputs without grad: detach() them, or use "
                 "tangentfast.jvp for derivatives by the input."
             )
         if not recording:
-            args, kwargs = tree_map(_detached, (args, kwargs))
+            args, kwargs = tree_map(Tensor.detach, (args, kwargs))
         trained = recording and any(tau.requires_grad for tau in self.tau.values())
-        sharded = sharding.keep_duals(self.model)
         # A sharded block's parameters are gathered and freed: copies would outlive them.
-        casts = None if sharded else self._casts
-        pass_ = Pass(1, self.model, strict=True, anchors=True, recording=trained, casts=casts)
+        casts = None if hooks.sharded(self.model) else self._casts
+        pass_ = Pass(1, self.model, True, self._anchors, recording=trained, casts=casts)
+        kept = Kept(self.model)
         try:
             with running(pass_):
                 out = self.model(*args, **kwargs)
+            out = tree_map(lambda x: _linearized(x, pass_), out)
+            for name, module, own in self._sites:
+                if casts is not None and id(anchored(module)[own][0]) not in pass_.read:
+                    check_read(kept, module, name)
         finally:
             self._fallbacks.update(pass_.fallbacks)
-        return tree_map(_linearized, out)
+            if pass_.sharers.alive():
+                kept.restore()
+        return out
 
     def task_vector(self) -> TaskVector:
         """τ as a `TaskVector`: a copy, with θ0's fingerprint and the selection."""
-        tensors = {name: _whole(tau).detach().clone() for name, tau in self.tau.items()}
-        return TaskVector(tensors, base=self.base, selection=self.selection)
+        self._check_base()
+        taus = {name: _whole(tau).detach().clone() for name, tau in self.tau.items()}
+        return TaskVector(taus, base=self.base, selection=self.selection)
 
     def materialize(self) -> nn.Module:
         """The ordinary, non-linear model at θ0 + τ: new tensors, the original class, nothing
         shared.
+
+        Raises:
+            RuntimeError: θ0 was changed in place.
         """
+        self._check_base()
         memo: dict[int, Any] = {id(tau): tau for tau in self.parameters()}
         model: nn.Module = copy.deepcopy(self.model, memo)
         settled: dict[int, nn.Parameter] = {}
@@ -130,7 +141,7 @@ class LinearizedModel(nn.Module):
     def report(self) -> str:
         """What is trained, and which operations took the exact but slower fallback so far."""
         taus = self.tau.values()
-        total = sum(p.numel() for p in self.model.parameters()) - sum(t.numel() for t in taus)
+        total = sum(p.numel() for p in self.theta0.values())
         lines = [
             f"LinearizedModel of {self.base.name} [{self.base.fingerprint[:12]}]",
             f"  trained: {sum(t.numel() for t in taus):,} of {total:,} parameters in {len(taus)} "
@@ -143,16 +154,16 @@ class LinearizedModel(nn.Module):
             lines.append("  fallback: none; every operation had a rule")
         return "\n".join(lines)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's; θ0 in the state dict is written to the shared θ0."""
-        result = super().load_state_dict(*args, **kwargs)
-        self._remember()
-        return result
-
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(), .cuda()
         result = super()._apply(*args, **kwargs)
         self._remember()
         return result
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise NotImplementedError(
+            "DataParallel copies the tensors of a linearized model apart, θ0 from τ. Use "
+            "DistributedDataParallel, as torch advises for every model."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_casts")}
@@ -162,24 +173,39 @@ class LinearizedModel(nn.Module):
         self._remember()
 
     def _remember(self) -> None:
-        """Note where θ0 is and how often it was written, to notice a change."""
+        """Note where θ0 is, how often it was written and what it holds, to notice a change."""
         self._casts = WeakTensorKeyDictionary()
         self._seen = [
-            (name, weakref.ref(m._parameters[own]), m, own, version(m._parameters[own]))  # type: ignore[arg-type]
-            for name, m, own in self._sites
+            (name, weakref.ref(p), module, own, version(p), checksum(p))
+            for name, module, own, p in places(self.model)
+            if not isinstance(module, torch.jit.ScriptModule)  # gives new objects at each reading
         ]
 
     def _check_base(self) -> None:
-        for name, known, module, own, seen in self._seen:
+        for i, (name, known, module, own, seen, held) in enumerate(self._seen):
             theta0 = known()
             # A sharded model has other parameter objects, which are rewritten by each gather.
-            if theta0 is None or module._parameters[own] is not theta0 or version(theta0) == seen:
+            if theta0 is None or theta0 is not dict.get(module._parameters, own):
+                continue
+            if version(theta0) == seen:
+                continue
+            if held is not None and checksum(theta0) == held:  # the same values written again
+                self._seen[i] = name, known, module, own, version(theta0), held
                 continue
             raise RuntimeError(
                 f"linearized model: θ0 of {name!r} was changed in place after linearize, so that "
                 "τ no longer belongs to it. Expected θ0 to stay as it was: linearize again, or "
                 "linearize copy.deepcopy(model)."
             )
+
+
+def _after_loading(lin: LinearizedModel, _: Any) -> None:
+    """θ0 of a loaded state dict is θ0 from now on."""
+    before = [place[-1] for place in lin._seen]
+    lin._remember()
+    if before != [place[-1] for place in lin._seen]:
+        trained = {name: anchored(module)[own][0] for name, module, own in lin._sites}
+        lin.base = Base(lin.base.name, fingerprint(trained))
 
 
 def linearize(
@@ -215,6 +241,7 @@ def linearize(
         ValueError, TypeError: a selection or `at` that does not fit the model, or a model that
             cannot be linearized as it is built (the message says why and what to do).
     """
+    model = compiled_original(model)
     if isinstance(model, (torch.jit.ScriptModule, LinearizedModel)):
         raise TypeError(
             f"linearize: expected an ordinary nn.Module, got {type(model).__name__}; "
@@ -244,8 +271,18 @@ def linearize(
     return lin
 
 
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name, module, its name there, parameter) of a model, tied ones once; θ0 where linearized."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for own, parameter in theta0_of(module).items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{own}" if path else own, module, own, parameter
+
+
 def _shared_copy(
-    model: nn.Module, names: list[str], dtype: torch.dtype | None
+    model: nn.Module, names: list[str], dtype: torch.dtype | None, anchors: Anchors
 ) -> tuple[nn.Module, list[tuple[str, nn.Module, str]]]:
     """The module tree anew, on the same memory unless cast to `dtype`: frozen aliases of θ0, and τ
     beside the trained ones.
@@ -274,10 +311,10 @@ def _shared_copy(
         ) from error
     sites = []
     for path, module in shared.named_modules(remove_duplicate=True):
+        if not module._parameters or isinstance(module, torch.jit.ScriptModule):
+            continue  # compiled code reads its parameters by itself: they are constants
         own = {n: taus[id(p)] for n, p in module._parameters.items() if id(p) in taus}
-        if not own:
-            continue
-        anchor(module, own)
+        anchor(module, own, anchors)
         prefix = f"{path}." if path else ""
         sites += [(prefix + n, module, n) for n in own if prefix + n in wanted]
     return shared, sites
@@ -287,6 +324,12 @@ def _check_structure(model: nn.Module, names: set[str]) -> None:
     """Refuse modules that reach a trained parameter past their own attribute."""
     trained = {id(p) for n, p in model.named_parameters() if n in names}
     for path, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if scripted and any(id(p) in trained for p in module.parameters()):
+            raise ValueError(
+                f"linearize: {path!r} is compiled by torch.jit, where trained parameters cannot "
+                "carry a tangent. Pass the original Python module, or leave it out of params."
+            )
         own = {id(p) for p in module._parameters.values() if p is not None}
         for attribute, value in vars(module).items():
             if attribute in ("_parameters", "_buffers", "_modules"):
@@ -301,28 +344,14 @@ def _check_structure(model: nn.Module, names: set[str]) -> None:
                 )
 
 
-def _leaves(*trees: Any) -> list[Any]:
-    return tree_leaves(trees)
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
-
-
 def _whole(tensor: Tensor) -> Tensor:
     """A sharded (DTensor) parameter gathered; others as they are."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather else tensor
 
 
-def _linearized(x: Any) -> Any:
+def _linearized(x: Tensor, pass_: Pass) -> Tensor:
     if type(x) is Dual:
         (tangent,) = x.tangents
         return x.primal if tangent is None else x.primal + tangent
-    if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point():
-        raise RuntimeError(
-            "linearized model: an output depends on the trained parameters but has lost its "
-            "tangent. Expected every operation to be a torch function: replace the custom "
-            "autograd.Function or extension that computes it."
-        )
-    return x
+    return constant(x, pass_, "linearized model: an output") if x.requires_grad else x

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tangentfast import inplace
+from tangentfast import _torch, inplace
+
+
+class Anchors:
+    """The linearized parameters of one model, and the passes over it that run now.
+
+    Code of the model may run on threads of its own, which find the pass here.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Pass] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Anchors:
+        memo[id(self)] = copied = Anchors()
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Anchors, ()
+
+    def pass_of_this_thread(self) -> Pass | None:
+        """The pass in which a parameter is read now."""
+        pass_ = current()
+        if pass_ is not None:
+            return pass_ if pass_.anchors is self or pass_ is _REPLAY else None
+        if len(self.running) > 1:
+            raise RuntimeError(
+                "a thread reads the parameters of a linearized model that runs on several other "
+                "threads; expected to know for which. Call the model itself on that thread."
+            )
+        return self.running[0] if self.running else None
 
 
 class Pass:
@@ -20,9 +49,10 @@ class Pass:
 
     `k`: number of tangents. `root`: the module whose names locate errors. `strict`: nothing
     requires grad but what depends on a tangent, so that a plain tensor with a graph has lost its
-    tangent (it came from code that takes a handle for an ordinary tensor). `anchors`: linearized
-    parameters give duals in this pass. `recording`: their gradient is wanted. `casts`: the copies
-    of frozen parameters that autocast works with. `fallbacks`: counts (operation, module path).
+    tangent (it came from code that takes a handle for an ordinary tensor). `anchors`: the
+    linearized parameters that give duals in this pass. `recording`: their gradient is wanted.
+    `casts`: the copies of frozen parameters that autocast works with. `fallbacks`: counts
+    (operation, module path).
     """
 
     def __init__(
@@ -30,7 +60,7 @@ class Pass:
         k: int,
         root: nn.Module | None = None,
         strict: bool = False,
-        anchors: bool = False,
+        anchors: Anchors | None = None,
         recording: bool = False,
         casts: MutableMapping[Tensor, Any] | None = None,
     ):
@@ -40,8 +70,11 @@ class Pass:
         self.anchors = anchors
         self.recording = recording
         self.casts = casts
+        self.active = False
         self.fallbacks: Counter[tuple[str, str]] = Counter()
         self.sharers = inplace.Sharers()
+        self.graph: set[Any] = set()  # nodes of autograd known to depend on no tangent
+        self.read: set[int] = set()  # the parameters that the forward has read, by identity
 
     def where(self) -> str:
         """The path of the module whose forward runs now, found on the Python stack."""
@@ -57,19 +90,19 @@ class Pass:
 
 
 # A checkpointed block is run again inside backward: same operations on the primals, no tangents.
-_REPLAY = Pass(0, anchors=True, recording=True)
+_REPLAY = Pass(0, recording=True)
 _local = threading.local()
 
 
 def current() -> Pass | None:
     """The pass that runs on this thread; the replay, which has no tangents, inside a backward."""
     running: Pass | None = getattr(_local, "running", None)
-    if running is None and torch._C._current_graph_task_id() != -1:
+    if running is None and _torch.in_backward():
         return _REPLAY
     return running
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(pass_: Pass) -> Iterator[Pass]:
     """Run `pass_`. Gradient mode is on inside, so that a ``no_grad`` of the model can be seen."""
     if getattr(_local, "running", None) is not None:
@@ -77,9 +110,36 @@ def running(pass_: Pass) -> Iterator[Pass]:
             "a linearized model or tangentfast.jvp was called inside another one; "
             "expected one pass at a time. Linearize the outer model only."
         )
+    if _torch.in_transform() or _torch.in_forward_ad():
+        raise RuntimeError(
+            "a linearized model or tangentfast.jvp was called inside a torch.func transform or a "
+            "forward-mode level, which would not see its tangents. Expected an ordinary call: take "
+            "derivatives by inputs with tangentfast.jvp of the original model, and those by τ with "
+            "backward; or apply torch.func to the original model."
+        )
+    running = [] if pass_.anchors is None else pass_.anchors.running
     _local.running = pass_
+    pass_.active = True
+    running.append(pass_)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _plain_kernels():
             yield pass_
     finally:
+        running.remove(pass_)
+        pass_.active = False
         _local.running = None
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Modules run as they are written: not compiled, and no fused path around torch's functions."""
+    stance: Any = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled
+        stance = torch.compiler.set_stance("force_eager")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with stance:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

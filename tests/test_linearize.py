@@ -77,7 +77,7 @@ def test_original_stays_usable_and_shares_memory(net: Net, x: Tensor) -> None:
     assert all(p.grad is not None and torch.equal(p, before[n]) for n, p in net.named_parameters())
     lin(x).sum().backward()
     assert type(net.first) is nn.Linear
-    theta0 = dict(lin.model.named_parameters())
+    theta0 = lin.theta0
     assert all(theta0[n].data_ptr() == p.data_ptr() for n, p in net.named_parameters())
     assert all(theta0[n].grad is None for n in before)
 
@@ -206,7 +206,7 @@ class Casts(TorchDispatchMode):
 def test_autocast_casts_the_base_once(params: str, x: Tensor) -> None:
     """Every step casts τ, which has changed; the first one θ0, too; a changed θ0 is cast anew."""
     lin, x = tf.linearize(Net().eval(), params), x.float()
-    weights = [m for n, m in lin.model.named_parameters() if m.dim() == 2 and "tau" not in n]
+    weights = [m for m in lin.theta0.values() if m.dim() == 2]
     counts = []
     for step in range(4):
         if step == 3:
@@ -379,7 +379,7 @@ def test_pickle_and_deepcopy(net: Net, x: Tensor) -> None:
 
 def test_to_moves_both_and_leaves_the_original(net: Net, x: Tensor) -> None:
     lin = at_random(tf.linearize(net.eval())).to(torch.float32)
-    assert all(p.dtype == torch.float32 for p in lin.model.parameters())
+    assert all(p.dtype == torch.float32 for p in (*lin.theta0.values(), *lin.parameters()))
     assert all(p.dtype == torch.float64 for p in net.parameters())
     assert lin(x.float()).dtype == torch.float32
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tangentfast.inplace import version
+from tangentfast._torch import version
 from tangentfast.passes import current
 
 

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tangentfast._torch import set_grad_enabled
+
 Jvp = Callable[..., Any]
 
 
@@ -104,11 +106,11 @@ def _register(targets: Iterable[Callable[..., Any] | str], rule: Rule) -> None:
 def evaluate(jvp: Jvp, dargs: Sequence[Sequence[Any] | None]) -> list[Any]:
     """One tangent for each entry of `dargs`, without a graph; None where nothing has a tangent."""
     recording = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)
+    set_grad_enabled(False)
     try:
         return [None if d is None else jvp(*d) for d in dargs]
     finally:
-        torch._C._set_grad_enabled(recording)
+        set_grad_enabled(recording)
 
 
 def rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tangentfast.rules.registry import constant, forbidden, metadata
@@ -86,6 +87,9 @@ forbidden(
     "__reduce_ex__",
 )
 forbidden(
-    "a backward inside the forward would not see the tangents; call it on the model's outputs.",
+    "a backward inside the forward would not see the tangents; call it on the model's outputs, or "
+    "apply torch.func.jvp to the original function, which composes with torch.func.grad.",
     "backward",
+    torch.autograd.grad,
+    torch.autograd.backward,
 )

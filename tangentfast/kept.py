@@ -1,0 +1,99 @@
+"""What the modules of a model keep from one forward to the next, which must be no dual number.
+
+Some models keep what they computed from parameters (timm's LeViT its attention biases, in
+evaluation mode). After a pass such things are as they were before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from tangentfast import inplace
+from tangentfast.dual import Dual
+from tangentfast.trees import tensors
+
+INTERNAL = set(nn.Module().__dict__)  # what every module has
+_MISSING = object()
+
+
+class Kept:
+    """The attributes of all modules of `root` as they are now."""
+
+    def __init__(self, root: nn.Module):
+        self._before = []
+        for module in modules(root):
+            own = module.__dict__
+            containers = {}
+            for name in own.keys() - INTERNAL:
+                if isinstance(own[name], (dict, list, set)):
+                    containers[name] = copy.copy(own[name])
+            self._before.append((module, dict(own), containers, dict(module._buffers)))
+
+    def restore(self) -> None:
+        """Put back what holds a dual number now."""
+        for module, attributes, containers, buffers in self._before:
+            for name, value in list(module._buffers.items()):
+                if type(value) is Dual:
+                    self._put(module._buffers, name, value, buffers)
+            for name, value in list(module.__dict__.items()):
+                if name in INTERNAL or not any(type(x) is Dual for x in tensors(value)):
+                    continue
+                old = containers.get(name, _MISSING)
+                if old is _MISSING or attributes[name] is not value:
+                    self._put(module.__dict__, name, value, attributes)
+                elif isinstance(value, list):
+                    value[:] = containers[name]
+                else:
+                    value.clear()
+                    value.update(old)
+
+    def _put(self, into: dict[str, Any], name: str, value: Any, before: dict[str, Any]) -> None:
+        if name not in before:
+            del into[name]
+        elif before[name] is value and type(value) is Dual:  # a plain tensor, written in place
+            inplace.lower(value)
+        else:
+            into[name] = before[name]
+
+    def stale(self, module: nn.Module) -> str | None:
+        """The name of an attribute of `module` that held floating tensors before, if one did."""
+        _, attributes, containers, _ = next(b for b in self._before if b[0] is module)
+        known = {id(t) for t in (*dict.values(module._parameters), *module._buffers.values())}
+        for name, value in attributes.items():
+            held = containers.get(name, value)
+            if name not in INTERNAL and any(
+                x.is_floating_point() and id(x) not in known for x in tensors(held)
+            ):
+                return name
+        return None
+
+
+def modules(root: nn.Module) -> Iterator[nn.Module]:
+    """Every module of the tree once; at a fraction of the cost of ``root.modules()``."""
+    seen, stack = {id(root)}, [root]
+    while stack:
+        module = stack.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
+
+
+def check_read(kept: Kept, module: nn.Module, name: str) -> None:
+    """Refuse a parameter that has a tangent and was not read, where its module keeps tensors.
+
+    Raises:
+        RuntimeError: with the attribute, which was computed from it in an earlier forward.
+    """
+    attribute = kept.stale(module)
+    if attribute is not None:
+        raise RuntimeError(
+            f"{name!r} was not read in this forward, and its {type(module).__name__} keeps tensors "
+            f"of an earlier one in {attribute!r}, which have no tangent. Expected an empty cache: "
+            "model.train() followed by model.eval() empties those of timm."
+        )
