@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.rules.registry import composite
+from tangentfast.rules.registry import Jvp, composite, rule
 
 
 def _reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -61,3 +63,34 @@ def multilabel_margin_loss(
     counted = named.unsqueeze(-1) & ~labelled.unsqueeze(-2)
     losses = torch.where(counted, short, 0).sum((-2, -1)) / input.shape[-1]
     return _reduced(losses, _how(size_average, reduce, reduction))
+
+
+@rule(F.ctc_loss)
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> tuple[Tensor, Jvp]:
+    """A sample's loss is a number: its JVP is the product with its gradient.
+
+    torch's gradient takes log_probs for the logarithms of probabilities, along changes that leave
+    them such, as log_softmax makes them.
+    """
+    lengths = (targets, input_lengths, target_lengths, blank)
+    y = F.ctc_loss(log_probs, *lengths, reduction, zero_infinity)
+
+    def jvp(dx: Tensor, *_: None) -> Tensor:
+        with torch.enable_grad():
+            x = log_probs.detach().requires_grad_()
+            total = F.ctc_loss(x, *lengths, "none", zero_infinity).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        losses = (gradient * dx).sum((0, -1))
+        if reduction == "mean":
+            losses = losses / torch.as_tensor(target_lengths, device=dx.device).clamp_min(1)
+        return _reduced(losses, reduction)
+
+    return y, jvp

@@ -15,7 +15,7 @@ GETTERS = [
     *("is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_vulkan", "is_xla", "is_xpu"),
     *("is_leaf", "requires_grad", "retains_grad", "output_nr", "grad", "grad_dtype", "grad_fn"),
     *("_grad", "_grad_fn", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
-    *("_has_symbolic_sizes_strides", "_python_dispatch", "volatile"),
+    *("_has_symbolic_sizes_strides", "volatile"),
 ]
 SETTERS = ["requires_grad", "grad", "_grad", "_backward_hooks", "_post_accumulate_grad_hooks"]
 metadata(*(getattr(Tensor, name).__get__ for name in GETTERS if hasattr(Tensor, name)))

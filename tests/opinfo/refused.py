@@ -14,7 +14,8 @@ class Refused(NamedTuple):
 
 SHAPE = "changes what a tensor is, not what it holds"
 GAUGE = "singular vectors of complex matrices have no derivative: their phase is arbitrary"
-PHASE = ("function", "method")
+HERMITIAN = "torch's backward of it is inexact where a complex diagonal is not real"
+BOTH = ("function", "method")
 REFUSED: dict[str, Refused] = {
     "addbmm": Refused("torch grows the target", ("inplace_",)),
     "as_strided": Refused(SHAPE, ("inplace_",)),
@@ -29,11 +30,23 @@ REFUSED: dict[str, Refused] = {
     "normal": Refused("torch has no derivative of it where mean and deviation differ in shape"),
     "_segment_reduce_lengths": Refused("a prototype that torch can differentiate once"),
     "_segment_reduce_offsets": Refused("a prototype that torch can differentiate once"),
-    "to_sparse": Refused("sparse tensors carry no tangent", ("method",)),
+    "to_sparse": Refused("sparse tensors carry no tangent", ("function", "method")),
+    "nn_functional_linear_cross_entropy_chunked_none": Refused("torch's backward of it raises"),
+    "linalg_eig": Refused(GAUGE),
+    "linalg_eigh": Refused(GAUGE),
+    "linalg_svd": Refused(GAUGE),
+    "svd": Refused(GAUGE, BOTH),
+    "svd_lowrank": Refused(GAUGE),
+    "pca_lowrank": Refused(GAUGE),
+    "linalg_cholesky": Refused(HERMITIAN),
+    "linalg_cholesky_ex": Refused(HERMITIAN),
+    "triangular_solve": Refused("torch's backward of it is inexact for complex numbers", BOTH),
+    "logcumsumexp": Refused("torch's derivative of it is NaN for large complex numbers", BOTH),
 }
 
 # Operations that torch itself cannot differentiate on a CPU, or not compare.
 UNTESTED = {
+    "torch_ops_aten__scaled_dot_product_flash_attention_for_cpu": "a kernel of another operation",
     "chalf": "torch cannot divide complex numbers of 16-bit parts",
     "sparse_sampled_addmm": "needs sparse arguments",
     "sparse_mm_reduce": "needs sparse arguments",

@@ -40,7 +40,8 @@ class Sample:
         """The call in one form: f(*inputs)."""
 
         def f(*inputs: Tensor) -> Any:
-            values = [x.detach() if isinstance(x, Tensor) else x for x in self.leaves]
+            # constants are copied: a batch norm moves its statistics
+            values = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
             for i, x in zip(self.active, inputs, strict=True):
                 values[i] = x
             first, args, kwargs = tree_unflatten(values, self.spec)
