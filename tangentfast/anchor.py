@@ -62,11 +62,14 @@ class Parameters(dict[str, Any]):
         pass_ = self.anchors.pass_of_this_thread()
         if pass_ is None or not isinstance(theta0, nn.Parameter):
             return theta0  # no parameter: torch.func.functional_call put another tensor there
-        return _dual(theta0, dict.__getitem__(self, self.taus[name]), pass_)
+        pass_.check_no_transform(name)
+        dual = _dual(theta0, dict.__getitem__(self, self.taus[name]), pass_)
+        dual.place = id(self), name
+        return dual
 
     def __setitem__(self, name: str, value: Any) -> None:
-        # What was read in a pass and is put back, as functional_call does, is θ0.
-        own = type(value) is Dual and value.parameter is dict.get(self, name, value)
+        # What was read here in a pass and is put back, as functional_call does, is θ0.
+        own = type(value) is Dual and value.place == (id(self), name)
         dict.__setitem__(self, name, value.parameter if own else value)
 
     def get(self, name: str, default: Any = None) -> Any:  # noqa: D102

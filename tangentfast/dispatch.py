@@ -105,7 +105,7 @@ def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:
                 "τ. Expected the modules that were linearized: linearize again after replacing "
                 "one, or freeze it."
             )
-        if owner is not None or type(leaf) is Dual:
+        if owner is not None or lost(leaf, pass_):
             raise RuntimeError(
                 f"{what} got a tensor that depends on the trained parameters but has lost its "
                 "tangent. Expected every such tensor to be computed by torch functions in this "
@@ -113,6 +113,11 @@ def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:
                 "this: replace it by torch functions, or detach it."
             )
     return x.detach()
+
+
+def lost(leaf: Tensor, pass_: Pass) -> bool:
+    """Whether what was computed from `leaf` should have a tangent and has none."""
+    return type(leaf) is Dual or id(leaf) in pass_.moving
 
 
 def _owner(root: nn.Module, leaf: Tensor) -> nn.Module | None:
@@ -127,7 +132,9 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
     """Call `func` on dual numbers."""
     rule = RULES.get(func)
     if rule is not None and rule.kind == "metadata":
-        return func(*_plain(args), **{n: plain(v) for n, v in kwargs.items()})
+        answer = func(*_plain(args), **{n: plain(v) for n, v in kwargs.items()})
+        # requires_grad_ returns its tensor
+        return args[0] if args and answer is plain(args[0]) else answer
     pass_ = _pass_of(func, args, kwargs)
     if rule is not None and rule.kind == "forbidden":
         raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
@@ -181,12 +188,8 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
             "had finished. Take tensors from the outputs of the linearized model, or detach them "
             "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
-    if _torch.in_transform() and pass_.active:
-        raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()} runs inside a torch.func transform (vmap, grad, "
-            "...) that knows nothing of tangents. Write that part without the transform, or apply "
-            "torch.func.jvp to the original function, which composes with it."
-        )
+    if pass_.active:
+        pass_.check_no_transform(name_of(func))
     return pass_
 
 

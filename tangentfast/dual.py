@@ -29,7 +29,8 @@ class Dual(Tensor):
     owner: Pass
     version: int
     decide: ClassVar[Callable[..., Any]]  # set by `dispatch`
-    parameter: Tensor | None = None  # the parameter that it stands for
+    parameter: Tensor | None = None  # that it stands for, and
+    place: tuple[int, str] | None = None  # where it was read
 
     @classmethod
     def __torch_function__(

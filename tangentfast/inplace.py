@@ -132,6 +132,11 @@ class Sharers:
         ref.group = group
         group[id(ref)] = ref
 
+    def clear(self) -> None:
+        """Forget every handle."""
+        for group in self._by_root.values():
+            group.clear()
+
     def alive(self) -> bool:
         """Whether any handle is still held by anyone."""
         return any(self._by_root.values())
@@ -211,11 +216,14 @@ def _upgrade(plain: Tensor, dual: Any, pass_: Any) -> None:
 def lower(handle: Any) -> None:
     """Undo `_upgrade`: the object that the caller holds is plain again, with what was written."""
     primal = handle.primal
+    handle.owner.sharers.clear()  # its pass is over; torch swaps no tensor that is referred to
     if primal._is_view():
         handle.__class__ = Tensor
         handle.__dict__.clear()
     else:
         torch.utils.swap_tensors(handle, primal)
+        primal.__dict__.clear()  # it held itself
+        handle.detach_()  # what was written came from this pass, which is over
 
 
 def _follow(

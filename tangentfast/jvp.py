@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tangentfast import hooks
-from tangentfast.dispatch import constant
+from tangentfast.dispatch import constant, lost
 from tangentfast.dual import Dual, make_dual, plain
 from tangentfast.graph import origins
-from tangentfast.kept import Kept, check_read
+from tangentfast.kept import Kept
 from tangentfast.linearize import LinearizedModel, places
-from tangentfast.passes import Pass, running
+from tangentfast.passes import Pass, check_no_transform, running
 from tangentfast.substitute import substituted
 from tangentfast.trees import tree_map
 
@@ -75,6 +75,7 @@ def jvp(
         raise ValueError(
             "jvp: tangents go with one direction in params, got a sequence of several."
         )
+    check_no_transform()
     recording = torch.is_grad_enabled()
     if not recording:
         inputs, kwargs = tree_map(Tensor.detach, (inputs, dict(kwargs or {})))
@@ -89,9 +90,9 @@ def jvp(
             args = inputs if tangents is None else _with_tangents(inputs, tangents, pass_)
             out = fn(*args, **(kwargs or {}))
         del args, table
-        for name, module, parameter in moving:
+        for name, parameter in moving.items():
             if kept is not None and id(parameter) not in pass_.read:
-                check_read(kept, module, name)
+                kept.check_read(name)
         out = tree_map(lambda x: _checked(x, pass_), out)
         douts = [tree_map(lambda x, i=i: _tangent(x, i), out) for i in range(k)]  # type: ignore[misc]
         out = tree_map(plain, out)
@@ -106,11 +107,12 @@ def _checked(x: Tensor, pass_: Pass) -> Tensor:
     primal = plain(x)
     if pass_.strict:
         return x if x is not primal or not x.requires_grad else constant(x, pass_, "jvp: an output")
-    if primal.requires_grad and any(type(leaf) is Dual for leaf in origins(primal, pass_.graph)):
+    if primal.requires_grad and any(lost(leaf, pass_) for leaf in origins(primal, pass_.graph)):
         raise RuntimeError(
             "jvp: an output was computed from a tensor that had lost its tangent. Expected every "
-            "operation to be a torch function: a custom autograd.Function, a torch.func transform "
-            "or torch.autograd.functional does this. Replace it, or detach its result."
+            "operation to be a torch function in this call: a custom autograd.Function, a tensor "
+            "kept from an earlier forward, or torch.autograd.functional does this. Replace it, or "
+            "detach its result."
         )
     return x
 
@@ -124,12 +126,12 @@ def _tangent(x: Tensor, k: int) -> Tensor:
 
 def _duals_of(
     fn: Callable[..., Any], directions: list[Direction], pass_: Pass, recording: bool
-) -> tuple[dict[int, Tensor], list[tuple[str, nn.Module, Tensor]]]:
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """What stands for the parameters of `fn` in the pass, by identity; and those with a tangent."""
     if not isinstance(fn, nn.Module):
         if directions:
             raise TypeError(f"jvp: params needs a module, got {type(fn).__name__}.")
-        return {}, []
+        return {}, {}
     named = {name: (module, parameter) for name, module, _, parameter in places(fn)}
     for i, direction in enumerate(directions):
         for name, tangent in direction.items():
@@ -154,17 +156,21 @@ def _duals_of(
                     "forward. Take derivatives along parameters before fully_shard, or linearize."
                 )
     table: dict[int, Tensor] = {}
-    moving: list[tuple[str, nn.Module, Tensor]] = []
-    for name, (module, parameter) in named.items():
+    moving: dict[str, Tensor] = {}
+    for name, (_, parameter) in named.items():
         along = [d.get(name) for d in directions]
-        primal = parameter if recording else parameter.detach()
+        primal: Tensor = (
+            parameter if recording else nn.Parameter(parameter.detach(), requires_grad=False)
+        )
         if any(t is not None for t in along):
             # an alias: the handle's own primal must not be the caller's parameter object
             primal = primal.view_as(primal)
+            pass_.graph.add(primal.grad_fn)  # what leads to the parameter otherwise is out of date
             along = [t if t is None else t.detach().to(primal.device, primal.dtype) for t in along]
             table[id(parameter)] = dual = make_dual(primal, along, pass_)
             dual.parameter = parameter
-            moving.append((name, module, parameter))
+            moving[name] = parameter
+            pass_.moving.add(id(parameter))
         elif not recording and not hasattr(parameter, "full_tensor"):
             table[id(parameter)] = primal
     return table, moving

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from tangentfast import inplace
+from tangentfast.anchor import theta0_of
 from tangentfast.dual import Dual
 from tangentfast.trees import tensors
 
@@ -24,6 +25,7 @@ class Kept:
     """The attributes of all modules of `root` as they are now."""
 
     def __init__(self, root: nn.Module):
+        self._root = root
         self._before = []
         for module in modules(root):
             own = module.__dict__
@@ -54,22 +56,36 @@ class Kept:
     def _put(self, into: dict[str, Any], name: str, value: Any, before: dict[str, Any]) -> None:
         if name not in before:
             del into[name]
-        elif before[name] is value and type(value) is Dual:  # a plain tensor, written in place
-            inplace.lower(value)
-        else:
-            into[name] = before[name]
+            return
+        into[name] = before[name]
+        for x in tensors(before[name]):
+            if type(x) is Dual:  # a plain tensor, written in place
+                inplace.lower(x)
 
-    def stale(self, module: nn.Module) -> str | None:
-        """The name of an attribute of `module` that held floating tensors before, if one did."""
-        _, attributes, containers, _ = next(b for b in self._before if b[0] is module)
-        known = {id(t) for t in (*dict.values(module._parameters), *module._buffers.values())}
-        for name, value in attributes.items():
-            held = containers.get(name, value)
-            if name not in INTERNAL and any(
-                x.is_floating_point() and id(x) not in known for x in tensors(held)
-            ):
-                return name
-        return None
+    def check_read(self, name: str) -> None:
+        """Refuse parameter `name`, which has a tangent and was not read, where it may be cached.
+
+        Raises:
+            RuntimeError: with the attribute, of its module or of one around that, which held
+                floating tensors before.
+        """
+        path = name.split(".")[:-1]
+        around = [self._root]
+        for step in path:
+            around.append(around[-1]._modules[step])  # type: ignore[arg-type]
+        for module, attributes, containers, _ in self._before:
+            if not any(module is m for m in around):
+                continue
+            known = {id(t) for t in (*theta0_of(module).values(), *module._buffers.values())}
+            for attribute in attributes.keys() - INTERNAL:
+                held = tensors(containers.get(attribute, attributes[attribute]))
+                if any(x.is_floating_point() and id(x) not in known for x in held):
+                    raise RuntimeError(
+                        f"{name!r} was not read in this forward, and a {type(module).__name__} "
+                        f"keeps tensors of an earlier one in {attribute!r}, which have no tangent. "
+                        "Expected an empty cache: model.train() followed by model.eval() empties "
+                        "those of timm."
+                    )
 
 
 def modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -82,18 +98,3 @@ def modules(root: nn.Module) -> Iterator[nn.Module]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 stack.append(child)
-
-
-def check_read(kept: Kept, module: nn.Module, name: str) -> None:
-    """Refuse a parameter that has a tangent and was not read, where its module keeps tensors.
-
-    Raises:
-        RuntimeError: with the attribute, which was computed from it in an earlier forward.
-    """
-    attribute = kept.stale(module)
-    if attribute is not None:
-        raise RuntimeError(
-            f"{name!r} was not read in this forward, and its {type(module).__name__} keeps tensors "
-            f"of an earlier one in {attribute!r}, which have no tangent. Expected an empty cache: "
-            "model.train() followed by model.eval() empties those of timm."
-        )

@@ -24,8 +24,8 @@ from tangentfast.anchor import anchor, anchored, release, theta0_of
 from tangentfast.dispatch import constant
 from tangentfast.dual import Dual
 from tangentfast.fingerprint import Base, checksum, fingerprint
-from tangentfast.kept import Kept, check_read
-from tangentfast.passes import Anchors, Pass, running
+from tangentfast.kept import Kept
+from tangentfast.passes import Anchors, Pass, check_no_transform, running
 from tangentfast.select import Selection, describe, select
 from tangentfast.task_vector import TaskVector
 from tangentfast.trees import tensors, tree_map
@@ -72,6 +72,13 @@ class LinearizedModel(nn.Module):
         """θ0, frozen, by the original model's parameter names; all of it, trained or not."""
         return {name: parameter for name, _, _, parameter in places(self.model)}
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters τ, and only those; θ0 is `theta0`."""
+        taus = {id(tau) for tau in self.tau.values()}
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            if id(parameter) in taus:  # torch.jit modules show their constants, too
+                yield name, parameter
+
     @torch.compiler.disable  # dual numbers are not traced: the model runs as it is written
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """f(x; θ0) + J(x) τ.
@@ -80,6 +87,7 @@ class LinearizedModel(nn.Module):
             RuntimeError: θ0 was changed in place; an input requires grad; something in the network
                 cannot be linearized exactly (the message names operation, module and remedy).
         """
+        check_no_transform()
         self._check_base()
         hooks.carry_duals()
         recording = torch.is_grad_enabled()
@@ -102,7 +110,7 @@ class LinearizedModel(nn.Module):
             out = tree_map(lambda x: _linearized(x, pass_), out)
             for name, module, own in self._sites:
                 if casts is not None and id(anchored(module)[own][0]) not in pass_.read:
-                    check_read(kept, module, name)
+                    kept.check_read(name)
         finally:
             self._fallbacks.update(pass_.fallbacks)
             if pass_.sharers.alive():
@@ -301,18 +309,25 @@ def _shared_copy(
         memo[id(parameter)] = alias
         if parameter_name in wanted:
             taus[id(alias)] = nn.Parameter(torch.zeros_like(parameter, requires_grad=False))
+    for module in model.modules():
+        # Computed from parameters outside of forward: a constant, as torch.func has it. Pruning and
+        # the older weight norm compute theirs anew in each forward.
+        memo.update({id(x): x.detach() for x in tensors(vars(module)) if not x.is_leaf})
     try:
         shared: nn.Module = copy.deepcopy(model, memo)
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(
-            f"linearize: {type(model).__name__} keeps a tensor that was computed from its "
-            f"parameters outside of forward ({error}). Compute it in forward; for weight norm use "
-            "torch.nn.utils.parametrizations.weight_norm."
+            f"linearize: {type(model).__name__} cannot be copied ({error}). Expected copy.deepcopy "
+            "to work: the modules are copied, the parameters are shared."
         ) from error
     sites = []
     for path, module in shared.named_modules(remove_duplicate=True):
-        if not module._parameters or isinstance(module, torch.jit.ScriptModule):
-            continue  # compiled code reads its parameters by itself: they are constants
+        if isinstance(module, torch.jit.ScriptModule):
+            for parameter in module.parameters():  # a copy; compiled code reads it by itself
+                parameter.detach_()
+            continue
+        if not module._parameters:
+            continue
         own = {n: taus[id(p)] for n, p in module._parameters.items() if id(p) in taus}
         anchor(module, own, anchors)
         prefix = f"{path}." if path else ""

@@ -75,6 +75,16 @@ class Pass:
         self.sharers = inplace.Sharers()
         self.graph: set[Any] = set()  # nodes of autograd known to depend on no tangent
         self.read: set[int] = set()  # the parameters that the forward has read, by identity
+        self.moving: set[int] = set()  # those that have a tangent, where duals stand for them
+
+    def check_no_transform(self, what: str) -> None:
+        """Refuse a torch.func transform inside the pass: it would lose the tangents."""
+        if _torch.in_transform():
+            raise RuntimeError(
+                f"{what} in {self.where()} runs inside a torch.func transform (vmap, grad, ...) "
+                "that knows nothing of tangents. Write that part without the transform, or apply "
+                "torch.func.jvp to the original function, which composes with it."
+            )
 
     def where(self) -> str:
         """The path of the module whose forward runs now, found on the Python stack."""
@@ -102,6 +112,17 @@ def current() -> Pass | None:
     return running
 
 
+def check_no_transform() -> None:
+    """Refuse a torch.func transform around a pass: it would see the primals alone."""
+    if _torch.in_transform() or _torch.in_forward_ad():
+        raise RuntimeError(
+            "a linearized model or tangentfast.jvp was called inside a torch.func transform or a "
+            "forward-mode level, which would not see its tangents. Expected an ordinary call: take "
+            "derivatives by inputs with tangentfast.jvp of the original model, and those by τ with "
+            "backward; or apply torch.func to the original model."
+        )
+
+
 @contextlib.contextmanager
 def running(pass_: Pass) -> Iterator[Pass]:
     """Run `pass_`. Gradient mode is on inside, so that a ``no_grad`` of the model can be seen."""
@@ -109,13 +130,6 @@ def running(pass_: Pass) -> Iterator[Pass]:
         raise RuntimeError(
             "a linearized model or tangentfast.jvp was called inside another one; "
             "expected one pass at a time. Linearize the outer model only."
-        )
-    if _torch.in_transform() or _torch.in_forward_ad():
-        raise RuntimeError(
-            "a linearized model or tangentfast.jvp was called inside a torch.func transform or a "
-            "forward-mode level, which would not see its tangents. Expected an ordinary call: take "
-            "derivatives by inputs with tangentfast.jvp of the original model, and those by τ with "
-            "backward; or apply torch.func to the original model."
         )
     running = [] if pass_.anchors is None else pass_.anchors.running
     _local.running = pass_

@@ -14,77 +14,77 @@ _ATOMS = (int, float, complex, bool, str, bytes, type(None), type, nn.Module, Mo
 _MOST = 10_000  # objects looked into: an argument may lead to half the program
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in `tree`."""
+    found: list[Tensor] = []
+    _collect(tree, found, set())
+    return found
+
+
 def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
     """`tree` with every tensor x replaced by f(x).
 
-    Objects that hold a tensor are copied, not written to; what holds none is returned as it is.
+    Objects that hold a tensor are copied, not written to; those that hold none stay as they are.
     """
     return _map(f, tree, {})
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    """Every tensor in `tree`."""
-    found: list[Tensor] = []
-
-    def note(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    tree_map(note, tree)
-    return found
+def _collect(tree: Any, found: list[Tensor], seen: set[int]) -> None:
+    for x in tree_flatten(tree)[0]:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif not _atomic(x) and id(x) not in seen and len(seen) < _MOST:
+            seen.add(id(x))
+            for value in _inside(x).values():
+                _collect(value, found, seen)
 
 
-def _map(f: Callable[[Tensor], Any], tree: Any, seen: dict[int, Any]) -> Any:
+def _map(f: Callable[[Tensor], Any], tree: Any, copies: dict[int, Any]) -> Any:
     leaves, spec = tree_flatten(tree)
     if len(leaves) == 1 and leaves[0] is tree:
-        return _leaf(f, tree, seen)
-    mapped = [_leaf(f, x, seen) for x in leaves]
-    if all(a is b for a, b in zip(leaves, mapped, strict=True)):
-        return tree
-    return tree_unflatten(mapped, spec)
+        return _mapped(f, tree, copies)
+    return tree_unflatten([_mapped(f, x, copies) for x in leaves], spec)
 
 
-def _leaf(f: Callable[[Tensor], Any], x: Any, seen: dict[int, Any]) -> Any:
+def _mapped(f: Callable[[Tensor], Any], x: Any, copies: dict[int, Any]) -> Any:
     if isinstance(x, Tensor):
         return f(x)
-    if isinstance(x, _ATOMS) or callable(x):
+    if _atomic(x) or not tensors(x):
         return x
-    if id(x) not in seen:
-        seen[id(x)] = x  # met again inside itself, it stays
-        if len(seen) <= _MOST:
-            seen[id(x)] = _opened(f, x, seen)
-    return seen[id(x)]
-
-
-def _opened(f: Callable[[Tensor], Any], x: Any, seen: dict[int, Any]) -> Any:
-    """An object that pytree does not open: subclasses of containers, attributes, slots."""
-    if isinstance(x, tuple):  # a subclass: torch.Size, torch.return_types
-        items = [_map(f, e, seen) for e in x]
-        return x if all(a is b for a, b in zip(x, items, strict=True)) else type(x)(items)
-    inside: dict[Any, Any] = {}
-    if isinstance(x, dict):
-        inside = {("item", k): v for k, v in x.items()}
-    elif isinstance(x, list):
-        inside = {("item", k): v for k, v in enumerate(x)}
-    for name in [*getattr(x, "__dict__", ()), *_slots(x)]:
-        if hasattr(x, name):
-            inside["attribute", name] = getattr(x, name)
-    mapped = {key: _map(f, value, seen) for key, value in inside.items()}
-    changed = {key: value for key, value in mapped.items() if value is not inside[key]}
-    if not changed:
-        return x
-    y = copy.copy(x)
-    for (kind, name), value in changed.items():
+    if id(x) in copies:
+        return copies[id(x)]
+    if isinstance(x, tuple):  # a subclass, as torch.return_types are
+        return type(x)([_map(f, e, copies) for e in x])
+    copies[id(x)] = y = copy.copy(x)
+    for (kind, name), value in _inside(x).items():
+        new = _map(f, value, copies)
         if kind == "item":
-            y[name] = value
-        else:
-            object.__setattr__(y, name, value)  # frozen dataclasses, too
+            y[name] = new
+        elif new is not value:
+            object.__setattr__(y, name, new)  # frozen dataclasses, too
     return y
 
 
-def _slots(x: Any) -> list[str]:
+def _atomic(x: Any) -> bool:
+    return isinstance(x, _ATOMS) or callable(x)
+
+
+def _inside(x: Any) -> dict[tuple[str, Any], Any]:
+    """What an object holds that pytree does not open: items, attributes and slots."""
+    inside: dict[tuple[str, Any], Any] = {}
+    if isinstance(x, dict):
+        inside = {("item", k): v for k, v in x.items()}
+    elif isinstance(x, (list, tuple)):
+        inside = {("item", k): v for k, v in enumerate(x)}
+    for name in [*getattr(x, "__dict__", ()), *_slots(type(x))]:
+        if hasattr(x, name):
+            inside["attribute", name] = getattr(x, name)
+    return inside
+
+
+def _slots(kind: type) -> list[str]:
     names: list[str] = []
-    for cls in type(x).__mro__:
+    for cls in kind.__mro__:
         slots = cls.__dict__.get("__slots__", ())
         names += [slots] if isinstance(slots, str) else slots
     return [n for n in names if n not in ("__dict__", "__weakref__")]
