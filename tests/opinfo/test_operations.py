@@ -25,18 +25,24 @@ CALLS = [
     if name not in UNTESTED
     for form in forms(op)
 ]
-Known = tuple[Sample, list[Tensor], list[Tensor], float]
+Known = tuple[Sample, tuple[Tensor | None, ...], list[Tensor], float]
 
 
 @lru_cache(maxsize=1)  # the forms of an operation follow each other
 def known(name: str, kind: str) -> list[Known]:
-    """Samples, the direction to go in, the derivative along it, and how close to come."""
+    """Samples, a tangent for each input, the derivative along them, and how close to come."""
     op = OPERATIONS[name, kind]
-    found = []
+    found: list[Known] = []
     for sample in samples(op, DTYPES[kind], SAMPLES):
         vs = directions(sample.inputs)
         f = sample.function(forms(op)[0])
-        found.append((sample, vs, *derivative(f, sample.inputs, vs)))
+        found.append((sample, tuple(vs), *derivative(f, sample.inputs, vs)))
+        if len(vs) == 1 or len(found) > 1:
+            continue
+        for i in range(len(vs)):  # of the first sample, each input alone
+            alone = [v if j == i else torch.zeros_like(v) for j, v in enumerate(vs)]
+            given = tuple(v if j == i else None for j, v in enumerate(vs))
+            found.append((sample, given, *derivative(f, sample.inputs, alone)))
     return found
 
 
@@ -62,7 +68,7 @@ def refusals(name: str, kind: str, form: Form) -> tuple[int, int]:
             tried += 1
             try:
                 with torch.set_grad_enabled(recording):
-                    got, dgot = tangentfast.jvp(f, sample.inputs, tangents=tuple(vs))
+                    got, dgot = tangentfast.jvp(f, sample.inputs, tangents=vs)
             except RuntimeError as error:
                 listed = name in REFUSED and form.name in REFUSED[name].forms
                 if not listed or not any(word in str(error) for word in words(name, kind, form)):
