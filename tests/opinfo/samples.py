@@ -13,7 +13,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-LARGEST = 1500  # numbers in all tensors of a sample
+LARGEST = 500  # numbers in all tensors of a sample
 LOOKED_AT = 40  # samples that are made and compared in size
 Function = Callable[..., Any]
 
