@@ -12,7 +12,7 @@ from checks import Function, calls, check_complete, of_kind
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tangentfast.dual import make_dual, name_of
+from tangentfast.dual import Dual, make_dual, name_of
 from tangentfast.passes import Pass, running
 from tangentfast.rules import RULES
 from tangentfast.rules.state import SETTERS
@@ -56,7 +56,7 @@ FORBIDDEN: Table = {
     "__reduce_ex__": [C(R(3, 4), 2)],
     "Tensor.data": [C(R(3, 4), torch.zeros(3, 4))],
     # the last is the CUDA array interface, a property that has no name
-    **each("Tensor._base Tensor._cdata Tensor.__get__", [C(R(3, 4))]),
+    **each("Tensor._cdata Tensor.__get__", [C(R(3, 4))]),
 }  # fmt: skip
 
 
@@ -102,6 +102,7 @@ def test_metadata(function: Function, case: Case) -> None:
     """What is asked about a dual is answered as for its primal, in or out of a pass."""
     plain, dual, _ = duals_of(case)
     want, got = outcome(function, plain), outcome(function, dual)
+    got = got.primal if type(got) is Dual else got  # requires_grad_ gives what it was called on
     assert type(got) is type(want)
     if isinstance(want, torch.UntypedStorage):
         assert got.data_ptr() == want.data_ptr()

@@ -213,7 +213,8 @@ def embedding_bag(
 
     def largest(dweight: Tensor) -> Tensor:
         """The tangents of the rows that were chosen in each bag, 0 where it is empty."""
-        flat, starts = input.flatten(), offsets
+        flat = input.flatten()
+        starts: Any = offsets
         if input.dim() == 2:
             starts = torch.arange(0, flat.numel(), input.shape[1], device=input.device)
         options = (False, 2, sparse, None, include_last_offset, padding_idx)

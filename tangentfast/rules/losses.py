@@ -12,7 +12,9 @@ from tangentfast.rules.registry import Jvp, composite, rule
 
 
 def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    return {"none": losses.clone, "mean": losses.mean, "sum": losses.sum}[reduction]()
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def _how(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

@@ -61,5 +61,5 @@ def rrelu(
 ) -> tuple[Tensor, Jvp]:
     slopes = torch.empty_like(input)
     options = (lower, upper, training)
-    y = torch._C._nn.rrelu_with_noise(input, slopes, *options)
+    y = aten.rrelu_with_noise(input, slopes, *options)
     return y, lambda dx, *_: aten.rrelu_with_noise_backward(dx, input, slopes, *options, False)

@@ -14,7 +14,7 @@ GETTERS = [
     *("is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mkldnn", "is_mps", "is_mtia"),
     *("is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_vulkan", "is_xla", "is_xpu"),
     *("is_leaf", "requires_grad", "retains_grad", "output_nr", "grad", "grad_dtype", "grad_fn"),
-    *("_grad", "_grad_fn", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
+    *("_base", "_grad", "_grad_fn", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
     *("_has_symbolic_sizes_strides", "volatile"),
 ]
 SETTERS = ["requires_grad", "grad", "_grad", "_backward_hooks", "_post_accumulate_grad_hooks"]
@@ -74,9 +74,8 @@ forbidden(
 )
 forbidden(
     "it leads past the tangent to the tensor's memory; ask the primal, by detach().",
-    Tensor._base.__get__,  # type: ignore[attr-defined]
     Tensor._cdata.__get__,  # type: ignore[attr-defined]
-    Tensor.__cuda_array_interface__.__get__,  # type: ignore[attr-defined]
+    Tensor.__cuda_array_interface__.__get__,
 )
 forbidden(
     "assigning .data replaces the memory behind the tangent's back; use copy_() or a new tensor.",
