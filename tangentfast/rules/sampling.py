@@ -28,7 +28,7 @@ def grid_sampler(
 
     def moved(dgrid: Tensor) -> Tensor:
         if not slopes:
-            slopes.append(_slopes(input, grid, options))
+            slopes.append(_slopes(input.to(y.dtype), grid.to(y.dtype), options))
         return (slopes[0] * dgrid.unsqueeze(1)).sum(-1)
 
     def jvp(dinput: Tensor | None, dgrid: Tensor | None, *_: None) -> Tensor | None:
