@@ -116,6 +116,9 @@ SHAPE: Table = {
     "select_scatter": [C(R(4, 3), R(4), 1, 2)],
     "slice_scatter": [C(R(4, 3), R(4, 3)), C(R(4, 3), R(2, 3), 0, 1, 3),
                       C(R(4, 3), R(2, 3), start=2)],
+    **each("as_strided as_strided_copy", [
+        but(C(R(3, 4), (2, 2), (5, 1)), strided=False), but(C(R(6), (3, 4), (1, 1)), strided=False),
+        but(C(R(3, 4), (2, 3), (4, 1), 1), strided=False)]),
     "as_strided_scatter": [but(
         C(R(3, 4), R(2, 2), (2, 2), (5, 1), 1), strided=False, adjoint=False)],
     "diagonal_scatter": [C(R(3, 3), R(3)), C(R(3, 3), R(2), 1), C(R(3, 3), R(2), offset=-1)],

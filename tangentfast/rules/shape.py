@@ -12,6 +12,7 @@ from torch import Tensor
 from tangentfast.inplace import FORMS
 from tangentfast.rules.registry import (
     RULES,
+    Inexact,
     Jvp,
     Rule,
     evaluate,
@@ -179,6 +180,36 @@ _jointly_linear(["masked_scatter"], "input mask source", 2)
 _jointly_linear(["select_scatter"], "input src dim index", 1)
 _jointly_linear(["slice_scatter"], "input src dim start end step", 1, (0, None, None, 1))
 _jointly_linear(["diagonal_scatter"], "input src offset dim1 dim2", 1, (0, 0, 1))
+
+
+def _as_strided(function: Callable[..., Any]) -> None:
+    @rule(function, complex=True)
+    def as_strided(
+        input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+    ) -> tuple[Tensor, Jvp]:
+        start = 0 if storage_offset is None else storage_offset - input.storage_offset()
+        dense = _span(input.shape, input.stride()) == input.numel()
+        if not dense or start < 0 or start + _span(size, stride) > input.numel():
+            raise Inexact("it reads memory outside of its argument; index that instead.")
+
+        def jvp(dx: Tensor, *_: None) -> Tensor:
+            memory = torch.empty_strided(
+                input.shape, input.stride(), dtype=dx.dtype, device=dx.device
+            )
+            return memory.copy_(dx).as_strided(size, stride, start)
+
+        return function(input, size, stride, storage_offset), jvp
+
+
+def _span(size: Sequence[int], stride: Sequence[int]) -> int:
+    """How many numbers lie between the first and the last of a view, these included."""
+    if 0 in size:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+
+
+for _function in functions("as_strided", "as_strided_copy"):
+    _as_strided(_function)
 
 
 @rule("as_strided_scatter", complex=True)

@@ -19,7 +19,9 @@ BOTH = ("function", "method")
 REFUSED: dict[str, Refused] = {
     "addbmm": Refused("torch grows the target", ("inplace_",)),
     "as_strided": Refused(SHAPE, ("inplace_",)),
-    "as_strided_partial_views": Refused(SHAPE, ("inplace_",)),
+    "as_strided_partial_views": Refused(
+        "reads memory outside of its argument", ("function", "method", "inplace_")
+    ),
     "squeeze": Refused(SHAPE, ("inplace_",)),
     "squeeze_multiple": Refused(SHAPE, ("inplace_",)),
     "t": Refused(SHAPE, ("inplace_",)),

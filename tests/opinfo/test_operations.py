@@ -96,6 +96,47 @@ def test_operation(name: str, kind: str, form: Form) -> None:
         pytest.skip("no sample of this form has a derivative")
 
 
+def strided(sample: Sample, inner: Function) -> tuple[Function, tuple[Tensor, ...]]:
+    """The call on tensors with gaps in memory."""
+    return (
+        lambda *xs: inner(*(x[..., 1] for x in xs)),
+        tuple(torch.stack([torch.zeros_like(x), x], -1) for x in sample.inputs),
+    )
+
+
+def expanded(sample: Sample, inner: Function) -> tuple[Function, tuple[Tensor, ...]]:
+    """The call with tangents that are one number in memory."""
+    return (
+        lambda *xs: inner(*(x + y for x, y in zip(xs, sample.inputs, strict=True))),
+        tuple(x.new_zeros(()) for x in sample.inputs),
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, kind in OPERATIONS if kind == "float64"])
+def test_layout(name: str) -> None:
+    """However inputs and tangents lie in memory, value and tangent are torch's."""
+    op = OPERATIONS[name, "float64"]
+    if name in UNTESTED or (name in REFUSED and "function" in REFUSED[name].forms):
+        pytest.skip("not computed")
+    for sample in samples(op, torch.float64, 2):
+        for layout in (strided, expanded):
+            f, inputs = layout(sample, sample.function(forms(op)[0]))
+            try:
+                y = numbers(f(*inputs))
+            except RuntimeError:
+                continue  # a view that these strides do not allow
+            vs = tuple(directions(inputs))
+            dy, tolerance = derivative(f, inputs, vs)
+            try:
+                got, dgot = tangentfast.jvp(f, inputs, tangents=vs)
+            except RuntimeError as error:
+                if "reads memory outside of its argument" not in str(error):
+                    raise
+                continue
+            assert distance(numbers(got), y) <= close(y)
+            assert distance(numbers(dgot), dy) <= tolerance
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     """Every entry of the list is refused; what no longer is leaves it."""
