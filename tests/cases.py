@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["CASES", "C", "Call", "Case", "R", "Table", "but", "each", "positive"]
 
 X = C(R(2, 3))
-SHAPES = [C(R(3, 4)), C(R()), C(R(1)), C(R(0, 3))]
+SHAPES = [C(R(3, 4)), C(R()), C(R(5)), C(R(0, 3))]
 mask34 = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
 rows = index([0, 2, 1, 0], [3, 1, 1, 0], [2, 2, 0, 1])  # 3 x 4
 image, volume = R(2, 4, 5, 6), R(1, 2, 4, 4, 4)
@@ -170,7 +170,7 @@ UNARY = """
 
 def unary(name: str) -> list[Case]:
     low, high = DOMAINS.get(name, (0, 0))
-    return [C(R(*s, low=low, high=high)) for s in ((3, 4), (), (1,), (0, 3))]
+    return [C(R(*s, low=low, high=high)) for s in ((3, 4), (), (5,), (0, 3))]
 
 
 BROADCAST = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(), R(2, 3)), C(R(3, 4), 2.5),
