@@ -55,12 +55,12 @@ def check_complete(table: Table, functions: Iterable[Function], *kinds: str) -> 
 def directions(call: Call, active: Sequence[int], seed: int = 0) -> list[Tensor | None]:
     """A random tangent for each leaf of `call` that is in `active`."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
-        if i in active
-        else None
-        for i, x in enumerate(tree_flatten(call)[0])
-    ]
+
+    def random(x: Tensor) -> Tensor:
+        dtype = torch.complex128 if x.is_complex() else torch.float64
+        return torch.randn(x.shape, generator=generator, dtype=dtype).to(x.device, x.dtype)
+
+    return [random(x) if i in active else None for i, x in enumerate(tree_flatten(call)[0])]
 
 
 def tangentfast_jvp(
@@ -84,7 +84,7 @@ def tangentfast_jvp(
     assert not any(isinstance(y, Dual) for y in primals)
 
     def tangent(y: Any, k: int) -> Any:
-        if not isinstance(y, Tensor) or not y.is_floating_point():
+        if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
             return y
         if type(y) is Dual and y.tangents[k] is not None:
             return y.tangents[k]
@@ -96,20 +96,22 @@ def tangentfast_jvp(
     return tree_unflatten(primals, shape), dys
 
 
-def torch_by_double_backward(
-    function: Function, call: Call, row: Sequence[Tensor | None]
-) -> tuple[Any, Any]:
-    """J v as the derivative by u of ⟨v, Jᵀ u⟩: where torch has no forward derivative."""
+def torch_by_rows(function: Function, call: Call, row: Sequence[Tensor | None]) -> tuple[Any, Any]:
+    """J v by one row of J after the other, from backward: where torch has no forward derivative."""
     leaves, spec = tree_flatten(call)
     active = [i for i, v in enumerate(row) if v is not None]
     for i in active:
         leaves[i] = leaves[i].detach().requires_grad_()
     args, kwargs = tree_unflatten(leaves, spec)
     y = function(*args, **kwargs)
-    u = torch.zeros_like(y, requires_grad=True)
-    grads = torch.autograd.grad(y, [leaves[i] for i in active], u, create_graph=True)
-    inner = sum((g * row[i]).sum() for g, i in zip(grads, active, strict=True))
-    return y.detach(), torch.autograd.grad(inner, u)[0]
+    dy = torch.zeros_like(y)
+    for k, entry in enumerate(y.flatten()):
+        grads = torch.autograd.grad(
+            entry, [leaves[i] for i in active], retain_graph=True, materialize_grads=True
+        )
+        products = [(g * row[i]).sum() for g, i in zip(grads, active, strict=True)]
+        dy.view(-1)[k] = sum(products)
+    return y.detach(), dy
 
 
 def reference(function: Function, call: Call, row: Sequence[Tensor | None]) -> tuple[Any, Any]:
@@ -125,13 +127,14 @@ def reference(function: Function, call: Call, row: Sequence[Tensor | None]) -> t
         # no forward derivative; that of torch._weight_norm over all dimensions is broken
         if "forward AD" not in str(error) and "forward gradient" not in str(error):
             raise
-        return torch_by_double_backward(function, call, row)
+        return torch_by_rows(function, call, row)
 
 
 def in_dtype(dtype: torch.dtype, tree: Any, instead_of: torch.dtype) -> Any:
     """The tensors of one dtype in another."""
     leaves, spec = tree_flatten(tree)
-    moved = [x.to(dtype) if isinstance(x, Tensor) and x.dtype == instead_of else x for x in leaves]
+    kinds = {instead_of: dtype, instead_of.to_complex(): dtype.to_complex()}
+    moved = [x.to(kinds.get(x.dtype, x.dtype)) if isinstance(x, Tensor) else x for x in leaves]
     return tree_unflatten(moved, spec)
 
 
@@ -140,7 +143,7 @@ def agree(got: Any, want: Any) -> None:
     for a, b in zip(tree_flatten(got)[0], tree_flatten(want)[0], strict=True):
         if not isinstance(a, Tensor):
             assert a == b
-        elif a.is_floating_point():
+        elif a.is_floating_point() or a.is_complex():
             assert a.dtype == b.dtype
             assert units(a, b) <= TOLERANCE[torch.float64]
         else:
@@ -150,19 +153,19 @@ def agree(got: Any, want: Any) -> None:
 def check_tangent(function: Function, case: Case) -> None:
     """y and dy, for all arguments, contiguous and not, and for each alone."""
     for strided in (False, True) if case.strided else (False,):
-        call, active = case.build(torch.float64, strided)
+        call, active = case.build(case.dtype, strided)
         alone = [] if strided or len(active) == 1 else [[i] for i in active]
         for chosen in [active, *alone]:
             row = directions(call, chosen)
             y, (dy,) = tangentfast_jvp(function, call, [row])
             want, dwant = reference(function, call, row)
             agree(y, want)
-            assert units(dy, dwant) <= TOLERANCE[torch.float64]
+            assert units(dy, dwant) <= TOLERANCE[case.dtype]
 
 
 def check_linear(function: Function, case: Case) -> None:
     """K tangents in one pass are what each is alone, and that of a sum is the sum."""
-    call, active = case.build(torch.float64)
+    call, active = case.build(case.dtype)
     v, w = directions(call, active, 1), directions(call, active[:1], 2)
     both = [
         None if a is None else 2 * a if b is None else 2 * a - 3 * b
@@ -178,7 +181,7 @@ def check_linear(function: Function, case: Case) -> None:
 
 def check_adjoint(function: Function, case: Case) -> None:
     """⟨J v, u⟩ = ⟨v, Jᵀ u⟩ by backward through y, which keeps its ordinary graph."""
-    call, active = case.build(torch.float64)
+    call, active = case.build(case.dtype)
     leaves, spec = tree_flatten(call)
     leaves = [x.requires_grad_() if i in active else x for i, x in enumerate(leaves)]
     row = directions(call, active)
@@ -191,7 +194,12 @@ def check_adjoint(function: Function, case: Case) -> None:
     torch.autograd.backward([a for a, _ in pairs], us)
     left = torch.cat([(b * u).double().flatten() for (_, b), u in zip(pairs, us, strict=True)])
     right = torch.cat(
-        [(leaves[i].grad * row[i]).flatten() for i in active if leaves[i].grad is not None]
+        [
+            (g * v).flatten()
+            for i in active
+            if leaves[i].grad is not None
+            for g, v in zip(floats(leaves[i].grad), floats(row[i]), strict=True)
+        ]
     )
     eps = max(torch.finfo(b.dtype).eps for _, b in pairs)
     size = float(left.abs().sum() + right.abs().sum())

@@ -36,8 +36,12 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 def floats(tree: Any) -> list[Tensor]:
-    """The floating-point tensors of any structure."""
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating-point tensors of any structure; a complex one as its two parts."""
+    parts = [
+        torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t
+        for t in tree_leaves(tree)
+    ]
+    return [t for t in parts if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def relative(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
