@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,11 @@ def test_identities_are_identities() -> None:
     assert len(found) == len(_torch._IDENTITIES)
     for function in found:
         xs = (torch.randn(2, requires_grad=True), torch.randn(3))
-        state: Any = () if function.__name__ == "BackwardHookFunction" else (lambda: None,)
+        state: Any = {
+            "BackwardHookFunction": (),
+            "_DDPSink": (lambda: types.SimpleNamespace(_ddp_sink_clone=True),),
+            "RegisterPostBackwardFunction": (None,),
+        }[function.__name__]
 
         class Context:
             needs_input_grad = (True,) * 4
