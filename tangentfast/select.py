@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
-# How libraries name the projections of one attention module: those of queries, keys and values, and
-# that of the output. All of one row's inputs must be there for the row to apply.
-_INPUTS = (
-    ("in_proj",),
-    ("qkv",),
-    ("c_attn",),
-    ("Wqkv",),
-    ("qkv_proj",),
-    ("query_key_value",),
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("q", "kv"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("query_proj", "key_proj", "value_proj"),
-)
-_OUTPUTS = ("out_proj", "o_proj", "proj", "c_proj", "o", "out_lin", "to_out.0", "to_out", "out")
-_PARENT_OUTPUT = (
-    "output.dense"  # BERT, ViT, DINOv2, Swin: beside the module that has query, key, value
-)
+# How libraries name W_q, W_k, W_v and W_o in an attention module: which of q, k, v and o a part
+# projects to, and the names of its submodule, or of its parameter where it is one. A part is taken
+# if it is a linear map, or a wrapper of one. Fused ones stand in a row of their own.
+_NAMES = {
+    "q": "q q_proj query to_q wq Wq q_lin query_proj project_q projection_query queries linear_q "
+    "q_linear q_head q_attn q_proj_weight q_a_proj q_b_proj q_gate_proj q_content_proj q_pos_proj "
+    "q_pos_sine_proj to_query add_q_proj query_global layout_query w2e_query e2w_query e2e_query "
+    "linear_q_points receptance experts.input_linear",
+    "k": "k k_proj key to_k wk Wk k_lin key_proj project_k projection_key linear_k k_linear k_head "
+    "k_proj.linear k_proj_weight k_content_proj k_pos_proj to_key add_k_proj key_global layout_key "
+    "key_protein key_structure key_msa",
+    "v": "v v_proj value to_v wv Wv v_lin value_proj project_v projection_value linear_v v_linear "
+    "v_head v_proj.linear v_proj_weight add_v_proj value_global layout_value value_protein "
+    "value_structure value_msa v_gate v_proj_current v_proj_delayed values_vision_proj "
+    "values_text_proj",
+    "qk": "qk query_key attn attn_proj sampling_offsets attention_weights vision_proj text_proj",
+    "kv": "kv to_kv wkv Wkv kv_proj keys_values kv_a_proj_with_mqa kv_b_proj linear_kv "
+    "linear_kv_points",
+    "qkv": "qkv qkv_proj Wqkv to_qkv query_key_value queries_keys_values c_attn in_proj_weight "
+    "qkvs qkv_linear att_proj in_proj_qkv in_proj_qkvz pwise in_proj",
+    "o": "proj out_proj o_proj o out out_lin to_out c_proj dense output output_proj projection "
+    "proj_out wo Wo linear_out linear_o o_a_proj o_b_proj to_add_out layout_output post_attention "
+    "post_proj post attention_out projection_layer project merge final linear out_vision_proj "
+    "out_text_proj output_projection.o_proj o_proj.linear experts.output_linear",
+}
+_PARTS = {name: role for role, names in _NAMES.items() for name in names.split()}
+_AMBIGUOUS = ("in_proj",)  # Mamba's, too: taken in a class that is called attention
+
+_CALLED = re.compile(r"attn|attention|msa$|mha$", re.IGNORECASE)
+_OTHERWISE = re.compile(r"Output$|MLP|FeedForward|Adapter|ChannelAttn|SplitAttn|SelectiveKernel")
 
 
 def select(model: nn.Module, params: Selection) -> list[str]:
@@ -44,7 +54,8 @@ def select(model: nn.Module, params: Selection) -> list[str]:
             glob or a name, or several; or ``callable(name, parameter) -> bool``.
 
     Raises:
-        ValueError: a name or glob that matches no parameter, or a selection that is empty.
+        ValueError: a name or glob that matches no parameter, a selection that is empty, or an
+            attention module whose projections are not recognised by their names.
         TypeError: a selection of another type.
     """
     named = dict(model.named_parameters())
@@ -117,41 +128,122 @@ def train_only(model: nn.Module, params: Selection) -> list[nn.Parameter]:
 
 
 def _attention(model: nn.Module) -> set[str]:
-    names = {id(p): n for n, p in model.named_parameters()}
-    chosen: set[str] = set()
+    """The weights of every attention module.
 
-    def take(owner: nn.Module, weights: Iterable[str]) -> None:
-        for weight in weights:
-            parameter = getattr(owner, weight, None)
-            if isinstance(parameter, nn.Parameter) and id(parameter) in names:
-                chosen.add(names[id(parameter)])
-
-    for path, module in model.named_modules():
-        if (
-            "in_proj_weight" in module._parameters
-        ):  # nn.MultiheadAttention and those written after it
-            take(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"))
-            inputs: tuple[str, ...] | None = ()
-        else:
-            inputs = next((row for row in _INPUTS if all(_linear(module, n) for n in row)), None)
-        if inputs is None:
-            continue
-        output = next((o for o in map(lambda n: _linear(module, n), _OUTPUTS) if o), None)
-        if output is None and "." in path:
-            output = _linear(model.get_submodule(path.rpartition(".")[0]), _PARENT_OUTPUT)
-        if output is None:
-            continue
-        for name in inputs:
-            take(_linear(module, name), ("weight",))  # type: ignore[arg-type]
-        take(output, ("weight",))
-    return chosen
+    Raises:
+        ValueError: there is none, or one that is called so, or a part of one, was not recognised.
+    """
+    modules = dict(model.named_modules())
+    found = {path: weights for path in modules if (weights := _projections(modules, path))}
+    chosen = {id(w) for weights in found.values() for w in weights}
+    missed = _missed(modules, found, chosen)
+    if found and not missed:
+        return {n for n, p in model.named_parameters() if id(p) in chosen}
+    name = type(model).__name__
+    if found:
+        what = f"of {len(found) + len(missed)} attention modules of {name} {len(missed)} were not "
+    else:
+        what = f"no attention module was recognised in {name}"
+    if missed:
+        some = ", ".join(f"{type(modules[p]).__name__} {p!r}" for p in missed[:3])
+        what += f"recognised by the names of their projections: {some}" if found else f" ({some})"
+        what += ", …" if len(missed) > 3 else ""
+    raise ValueError(
+        f'params="attention": {what}. Name the weights by globs instead, such as '
+        'params=["*.attn.*.weight"].'
+    )
 
 
-def _linear(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at `path` if it is a linear map: a module with a two-dimensional weight."""
+def _projections(modules: Mapping[str, nn.Module], path: str) -> list[Tensor]:
+    """The weights W_q, W_k, W_v, W_o of the module at `path`; none if it is no attention."""
+    module, (above, _, own) = modules[path], path.rpartition(".")
+    parts = {n: w for n in _named(module) if (w := _weights(module, n))}
+    if not _is_called(module):
+        parts = {n: w for n, w in parts.items() if n not in _AMBIGUOUS}
+    inputs = {letter for n in parts for letter in _PARTS[n]} - {"o"}
+    if not inputs:
+        return []
+    if path and not any(_PARTS[n] == "o" for n in parts):
+        # BERT, Swin: W_o is beside the module that has query, key and value
+        parent = modules[above]
+        around = _is_called(parent) or _CALLED.search(above.rpartition(".")[2])
+        for n in _named(parent):
+            if _PARTS[n] == "o" and (around or _CALLED.search(n)):
+                parts[n] = _weights(parent, n)
+    # Other modules have parts with some of these names, but hardly all.
+    complete = inputs == set("qkv") and any(w for n, w in parts.items() if _PARTS[n] == "o")
+    if not complete and not _is_called(module) and not _CALLED.search(own):
+        return []
+    return [w for weights in parts.values() for w in weights]
+
+
+def _missed(
+    modules: Mapping[str, nn.Module], found: Mapping[str, list[Tensor]], chosen: Container[int]
+) -> list[str]:
+    """Modules that are called attention, and parts of the table in those that were found, that have
+    linear maps of which none was chosen.
+    """
+
+    def left(module: nn.Module) -> int:
+        maps = _maps(module)
+        return 0 if any(id(w) in chosen for w in maps) else len(maps)
+
+    missed: list[str] = []
+    for path in found:
+        module = modules[path]
+        parts = [n for n in _named(module) if "." not in n and n not in module._parameters]
+        if any(part is not None and left(part) for part in map(module._modules.get, parts)):
+            missed.append(path)
+    inside = tuple(f"{path}." if path else "" for path in found)
+    for path, module in modules.items():
+        # one linear map is a gate or a score, such as there are in convolutional networks
+        if _is_called(module) and left(module) > 1 and not (inside and path.startswith(inside)):
+            missed.append(path)
+    return [p for p in missed if not any(q != p and q.startswith(p) for q in missed)]
+
+
+def _is_called(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return bool(_CALLED.search(name)) and not _OTHERWISE.search(name)
+
+
+def _named(module: nn.Module) -> list[str]:
+    """The names of the table that may be in a module."""
+    own = module._modules.keys() | module._parameters.keys()
+    return [n for n in _PARTS if n.partition(".")[0] in own] if own else []
+
+
+def _weights(module: nn.Module, path: str) -> list[Tensor]:
+    """The weight of the linear map at `path`: one of its own parameters, a submodule, or what a
+    submodule (or each one of a list) wraps.
+    """
+    own = module._parameters.get(path)
+    if own is not None:  # `query` alone is what a pooling has learnt to ask, and no map
+        maps = path.endswith("weight") or {"q", "k", "v"} <= module._parameters.keys()
+        return [own] if maps and own.dim() > 1 else []
     try:
-        found = module.get_submodule(path)
+        part = module.get_submodule(path)
     except AttributeError:
+        return []
+    if (weight := _map(part)) is not None:
+        return [weight]
+    if _is_called(part):
+        return []
+    wrapped = [_maps(one) for one in (part if isinstance(part, nn.ModuleList) else [part])]
+    return [] if any(len(w) > 1 for w in wrapped) else [w for ws in wrapped for w in ws]
+
+
+def _maps(module: nn.Module) -> list[Tensor]:
+    """The weights of all linear maps in a module."""
+    return [w for m in module.modules() if (w := _map(m)) is not None]
+
+
+def _map(module: nn.Module) -> Tensor | None:
+    """The weight of a linear map: a matrix, several of them, or 1x1 kernels; else None."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() < 2:
         return None
-    weight = getattr(found, "weight", None)
-    return found if isinstance(weight, nn.Parameter) and weight.dim() in (2, 4) else None
+    if isinstance(module, (nn.Embedding, nn.LayerNorm, nn.RMSNorm)):
+        return None
+    convolution = weight.dim() > 3 or hasattr(module, "kernel_size")
+    return weight if not convolution or all(n == 1 for n in weight.shape[2:]) else None
