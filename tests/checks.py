@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import Call, Case, Table
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from truth import TOLERANCE, floats, relative, rounding, torch_jvp, units
+from truth import TOLERANCE, floats, rounding, torch_jvp, units
 
 from tangentfast.dual import Dual, make_dual, name_of
 from tangentfast.inplace import FORMS

@@ -24,6 +24,7 @@ def python(name: str, code: str, **options: Any) -> Any:
     return gpu.Stage(name, [sys.executable, "-c", code], options.pop("seconds", 60), **options)
 
 
+@pytest.mark.slow
 def test_outcomes() -> None:
     ok = gpu.run(python("ok", "import os; print(os.environ['A'] + os.environ['B'])",
                         environment={"A": "x"}), {"B": "y"})  # fmt: skip

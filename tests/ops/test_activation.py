@@ -100,7 +100,8 @@ def test_truth(
 
 
 def assert_close(got: Tensor, theirs: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """No farther from the truth than 1.25 × torch, and a few roundings."""
+    """No farther from the truth than 1.25 × torch, and 6 roundings: one of the result, and those of
+    the factors, sums and polynomials of f', where torch on some CPU happens to be exact."""
     assert (got.dtype, got.shape, got.requires_grad) == (dtype, want.shape, False)
     bar = 1.25 * units(theirs, want, dtype) + 6
     assert units(got, want, dtype) <= min(bar, TOLERANCE.get(dtype, bar))
@@ -110,7 +111,7 @@ def assert_close(got: Tensor, theirs: Tensor, want: Tensor, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_out(kind: str, dtype: torch.dtype, backend: str) -> None:
-    """Saturation, infinities and NaN as in torch."""
+    """Saturation against float64; infinities against the mathematics; NaN stays."""
     far = [-30000.0, -100.0, -20.0, -5.5, -0.0, 0.0, 5.5, 20.0, 100.0, 30000.0]
     x = torch.tensor(far, dtype=dtype)
     y, (dy,) = run(kind, (x,), [(torch.ones_like(x),)], backend)
@@ -121,8 +122,12 @@ def test_far_out(kind: str, dtype: torch.dtype, backend: str) -> None:
     assert torch.all((dy.double() - dwant).abs() <= 8 * eps * (dwant.abs() + 1))
     x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
     y, _ = run(kind, (x,), [], backend)
-    assert torch.equal(y.isnan(), KINDS[kind](x).isnan())
-    assert y[0] == KINDS[kind](x)[0]
+    assert y[2].isnan()
+    if backend == "reference":  # torch's own function, whose GELU of ∞ is NaN on some CPUs
+        assert torch.equal(y.nan_to_num(7.0), KINDS[kind](x).nan_to_num(7.0))
+        return
+    assert y[0] == (1 if kind == "sigmoid" else torch.inf)
+    assert y[1] == 0 or (kind != "sigmoid" and y[1].isnan())  # the limit, or −∞ · 0 as IEEE has it
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
