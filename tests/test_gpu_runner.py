@@ -65,6 +65,7 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_publish(tmp_path: Path) -> None:
     """What `gather` makes of the suites' files is a run that the page can be made from."""
+    pytest.importorskip("matplotlib")
     (tmp_path / "README.md").write_text("<!-- benchmarks:begin --><!-- benchmarks:end -->")
     seconds = {"seconds": [1.0, 2.0]}
     record = {

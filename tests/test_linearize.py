@@ -180,12 +180,13 @@ def test_autocast(dtype: torch.dtype, x: Tensor) -> None:
         out = lin(x)
         assert out.dtype == net(x).dtype
     out.float().sum().backward()
-    eps = torch.finfo(dtype).eps
-    assert (out.float() - exact).norm() < 8 * eps * exact.norm()
+    # Six products in a row round two operands and a result each; backward does it once more.
+    eps = 6 * 3 * torch.finfo(dtype).eps / 2
+    assert (out.float() - exact).norm() < eps * exact.norm()
     cast = lin.tau["attention.in_proj_weight"].grad
     assert cast is not None
     assert cast.dtype == torch.float32
-    assert (cast - grad).norm() < 16 * eps * grad.norm()
+    assert (cast - grad).norm() < 2 * eps * grad.norm()
 
 
 class Casts(TorchDispatchMode):
