@@ -73,22 +73,27 @@ def triton(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "pytest", "-q", *tests, env=beside)
 
 
-# What computes: every rule, op and pass, with whole networks.
+# What computes: every rule, op and pass, with small networks and two whole models.
+FILES = ("rules", "dual", "jvp", "linearize", "writes", "state", "merge", "gram", "task_vector")
 NUMERICAL = [
     "tests/ops",
-    *(f"tests/test_{name}.py" for name in (
-        "rules", "dual", "jvp", "linearize", "writes", "state", "merge", "gram", "task_vector"
-    )),
-]  # fmt: skip
+    *(f"tests/test_{name}.py" for name in FILES),
+    "tests/test_models.py::test_float32",
+    "tests/test_models.py::test_bfloat16",
+]
+# Each of the four that choose loops by the CPU is told of a narrower one: torch, oneDNN and MKL
+# below it, and tangentfast._C.
+CHOOSERS = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "TANGENTFAST_ISA"
+)  # fmt: skip
+NARROW = [("default", "SSE41", "SSE4_2", "baseline")]
+AVX2 = ("avx2", "AVX2", "AVX2", "avx2")
 
 
 @nox.session(venv_backend="none")
 def isa(session: nox.Session) -> None:
-    """The numerical tests on the narrower instruction sets of this CPU: torch's choice and ours."""
-    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    sets = [("default", "baseline")] + [("avx2", "avx2")] * (" avx512f" in flags)
-    for torch_set, our_set in sets:
-        session.run(
-            sys.executable, "-m", "pytest", "-q", "-m", "not slow", *NUMERICAL,
-            env={"ATEN_CPU_CAPABILITY": torch_set, "TANGENTFAST_ISA": our_set},
-        )  # fmt: skip
+    """The numerical tests on every instruction set of this CPU but the widest."""
+    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    for names in NARROW + [AVX2] * (" avx512f" in cpu):
+        command = ["-m", "pytest", "-q", "-m", "not slow", *NUMERICAL]
+        session.run(sys.executable, *command, env=dict(zip(CHOOSERS, names, strict=True)))
