@@ -68,9 +68,10 @@ def triton(session: nox.Session) -> None:
     oldest = {"PIP_CONSTRAINT": "constraints/oldest.txt"}
     session.run(sys.executable, *pip, "triton", env=oldest)
     beside = {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
-    names = ("triton_compiled", "attention_triton", "linear_triton")
-    tests = [f"tests/ops/test_{name}.py" for name in names]
-    session.run(sys.executable, "-m", "pytest", "-q", *tests, env=beside)
+    # Its interpreter wants an older numpy than the default: `oldest`, where this Triton comes with
+    # torch, has one and runs the kernels.
+    tests = "tests/ops/test_triton_compiled.py"
+    session.run(sys.executable, "-m", "pytest", "-q", tests, env=beside)
 
 
 # What computes: every rule, op and pass, with small networks and two whole models.
