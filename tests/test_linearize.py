@@ -164,7 +164,7 @@ def test_dropout_is_the_same_function_for_primal_and_tangent(x: Tensor) -> None:
         shifted = {n: base[n] + scale * lin.tau[n].detach() for n in base}
         return torch.func.functional_call(net, shifted, (x,))
 
-    numeric = (at(1e-6) - at(-1e-6)) / 2e-6
+    numeric = (at(1e-6) - at(-1e-6)) / 2e-6  # off by eps / 1e-6 = 2e-10 of sums of 100 terms
     torch.manual_seed(5)
     torch.testing.assert_close(lin(x) - f0, numeric, rtol=1e-6, atol=1e-7)
 
@@ -180,12 +180,13 @@ def test_autocast(dtype: torch.dtype, x: Tensor) -> None:
         out = lin(x)
         assert out.dtype == net(x).dtype
     out.float().sum().backward()
-    eps = torch.finfo(dtype).eps
-    assert (out.float() - exact).norm() < 8 * eps * exact.norm()
+    # Six products in a row round two operands and a result each; backward does it once more.
+    eps = 6 * 3 * torch.finfo(dtype).eps / 2
+    assert (out.float() - exact).norm() < eps * exact.norm()
     cast = lin.tau["attention.in_proj_weight"].grad
     assert cast is not None
     assert cast.dtype == torch.float32
-    assert (cast - grad).norm() < 16 * eps * grad.norm()
+    assert (cast - grad).norm() < 2 * eps * grad.norm()
 
 
 class Casts(TorchDispatchMode):
@@ -479,7 +480,7 @@ def test_parametrized_modules() -> None:
         shifted = {n: base[n] + h * lin.tau[n].detach() for n in base}
         return torch.func.functional_call(net, shifted, (x,))
 
-    numeric = (at(1e-5) - at(-1e-5)) / 2e-5
+    numeric = (at(1e-5) - at(-1e-5)) / 2e-5  # off by 1e-10 f''' and by eps / 1e-5
     torch.testing.assert_close(lin(x) - net(x), numeric, rtol=1e-8, atol=1e-9)
 
 

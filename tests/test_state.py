@@ -48,6 +48,8 @@ METADATA: Table = {
     "register_hook": [C(R(3, 4), print)], "register_post_accumulate_grad_hook": [C(R(3, 4), print)],
     "can_cast": [C(torch.float32, torch.int32)], "broadcast_shapes": [C((2, 1), (1, 3))],
 }  # fmt: skip
+if hasattr(Tensor, "has_names"):  # newer torch has no named tensors
+    METADATA["has_names"] = [C(R(3, 4))]
 
 FORBIDDEN: Table = {
     **each("item numpy __bool__ __float__ __int__ __index__ __complex__ is_nonzero __array__ "
