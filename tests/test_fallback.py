@@ -89,6 +89,19 @@ def test_no_derivative(function: Callable[[Tensor], Tensor], grad: bool) -> None
         tf.jvp(function, (SQUARE,), tangents=(1.0,))
 
 
+def test_a_derivative_of_zero() -> None:
+    """Torch takes the target for a constant; the losses depend on its sign alone."""
+    target = SQUARE.sign()
+    for loss in (F.hinge_embedding_loss, lambda x, y: F.cosine_embedding_loss(x, x, y[0])):
+        _, dy = tf.jvp(loss, (SQUARE, target), tangents=(None, 1.0))
+        assert dy == 0
+
+
+def test_a_derivative_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="it is not finite"):
+        tf.jvp(lambda x: F.lp_pool1d(x, 1.5, 2), (-SQUARE.abs(),), tangents=(1.0,))
+
+
 def test_a_wrong_forward_derivative_is_never_believed() -> None:
     """A function whose JVP is planted to be wrong by a thousandth of its size, and one of zero."""
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -464,10 +465,19 @@ def test_recurrent_layers_are_refused() -> None:
 
 
 def test_tensor_computed_from_parameters_outside_forward() -> None:
-    net = nn.Linear(3, 3)
-    net.squared = net.weight * 2  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="keeps a tensor that was computed from its parameters"):
-        tf.linearize(net)
+    """It is a constant where it is used, and an error where it hides the only use of θ0."""
+
+    class Squared(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.squared + (0 if self.hides else super().forward(x))
+
+    net = Squared(3, 3)
+    net.squared, net.hides = net.weight * 2, False
+    lin, x = at_random(tf.linearize(net)), torch.randn(2, 3)
+    torch.testing.assert_close(lin(x) - net(x), F.linear(x, lin.tau["weight"], lin.tau["bias"]))
+    net.hides = True
+    with pytest.raises(RuntimeError, match=r"'weight' was not read.* in 'squared'"):
+        tf.linearize(net)(x)
 
 
 def test_parametrized_modules() -> None:
