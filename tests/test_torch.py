@@ -170,6 +170,11 @@ def test_identities_are_identities() -> None:
         assert all(torch.equal(a, b) for a, b in zip(xs, ys, strict=True))
 
 
+def test_ddp_finds_the_tensors_of_its_outputs() -> None:
+    x = torch.ones(2)
+    assert list(_torch.ddp_module()._find_tensors({"a": [x], "b": 1})) == [x]
+
+
 def test_compiled_original() -> None:
     net = nn.Linear(2, 2)
     assert _torch.compiled_original(net) is net
