@@ -83,6 +83,25 @@ def test_moving_averages_of_state_dicts() -> None:
     ema.module(X)  # θ0 was averaged with itself
 
 
+def test_functional_calls_of_a_linearized_model() -> None:
+    """With another τ, and with another θ0: an expansion at that one."""
+    lin = linearized()
+    taus = {f"model.{n}_tau": torch.randn_like(t).requires_grad_() for n, t in lin.tau.items()}
+    out = torch.func.functional_call(lin, taus, (X,))
+    directions = {n: taus[f"model.{n}_tau"].detach() for n in lin.tau}
+    torch.testing.assert_close(out, sum(tf.jvp(lin, (X,), params=directions)))
+    out.sum().backward()
+    assert all(t.grad is not None for t in taus.values())
+    assert all(t.grad is None for t in lin.parameters())
+    before = lin(X)
+    moved = {f"model.{n}": 1.5 * p for n, p in lin.theta0.items()}
+    other = net()
+    other.load_state_dict({n: 1.5 * p for n, p in lin.theta0.items()})
+    want = tf.linearize(other, at=lin.tau)(X)
+    torch.testing.assert_close(torch.func.functional_call(lin, moved, (X,)), want)
+    torch.testing.assert_close(lin(X), before, rtol=0, atol=0)
+
+
 def test_values_of_theta0_are_compared() -> None:
     model = net()
     lin = tf.linearize(model, ["0.*"])
