@@ -3,9 +3,12 @@ VENV := .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
+# The versions installed, in place of a constraint that this machine's pip may have.
+CONSTRAINTS ?= constraints/default.txt
+INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) $(VENV)/bin/pip install -q
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test bench lint gpu clean
+.PHONY: help demo test slow versions bench lint gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -14,8 +17,14 @@ help:  ## show this list
 demo: $(READY)  ## a small study: a real ViT fine-tuned on three tasks and merged, with its report (5 minutes)
 	$(VENV)/bin/tangentfast study run --preset demo --out demo-output
 
-test: $(READY)  ## run the tests (10 minutes)
-	$(RUN) -m pytest -q
+test: $(READY)  ## run the tests (7 minutes)
+	$(RUN) -m pytest -q -m "not slow"
+
+slow: $(READY)  ## run the tests that `make test` leaves out (3 minutes)
+	$(RUN) -m pytest -q -m slow
+
+versions: $(READY)  ## run the tests against the oldest and the newest versions, each in an environment of its own
+	$(VENV)/bin/nox
 
 bench: $(READY)  ## run the benchmarks (10 minutes) and rewrite docs/benchmarks.md from them
 	results=$$($(RUN) benchmarks/machine.py) && \
@@ -33,15 +42,15 @@ gpu:  ## on a machine with an NVIDIA GPU: build, test and measure (9 minutes); S
 	$(GPU_PYTHON) benchmarks/gpu.py $(STAGES)
 
 clean:  ## remove what was built, but not what was downloaded
-	rm -rf $(VENV) build dist *.egg-info tangentfast/_C*.so demo-output
+	rm -rf $(VENV) .nox build dist *.egg-info tangentfast/_C*.so demo-output
 
-# open_clip first: it decides which torch is installed, and the extension is built against that one.
-$(VENV)/.libraries: pyproject.toml
+# torch first: the extension is built against it.
+$(VENV)/.libraries: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --upgrade pip
-	$(VENV)/bin/pip install -q "setuptools>=77" wheel ninja pybind11 numpy open_clip_torch timm
+	$(INSTALL) --upgrade pip
+	$(INSTALL) "setuptools>=77" wheel ninja pybind11 numpy torch torchvision
 	touch $@
 
 $(READY): $(VENV)/.libraries $(NATIVE)
-	$(VENV)/bin/pip install -q --no-build-isolation -e ".[models,study,bench,test,dev]"
+	$(INSTALL) --no-build-isolation -e ".[models,study,bench,test,dev]"
 	touch $@

@@ -52,6 +52,14 @@ def toolkit() -> str | None:
     return home if home and Path(home, "include", "cuda_runtime.h").exists() else None
 
 
+def release(toolkit: str) -> str:
+    """The major version of the toolkit in that folder."""
+    command = [str(Path(toolkit, "bin", "nvcc")), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)", said)
+    return found[1] if found else "unknown"
+
+
 def with_cuda() -> bool:
     """Whether the CUDA sources join the build; raises when TANGENTFAST_CUDA=1 cannot be met."""
     import torch
@@ -65,7 +73,9 @@ def with_cuda() -> bool:
         else "this torch has no CUDA"
         if torch.version.cuda is None
         else "no CUDA toolkit was found (set CUDA_HOME)"
-        if toolkit() is None
+        if (home := toolkit()) is None
+        else f"torch has CUDA {torch.version.cuda}, and the toolkit in {home} is {release(home)}"
+        if release(home) != torch.version.cuda.partition(".")[0]
         else None
     )
     if problem and wanted == "1":

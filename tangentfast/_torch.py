@@ -101,6 +101,16 @@ def identity_functions() -> Iterator[Any]:
             yield function
 
 
+def ddp_module() -> Any:
+    """Where DDP looks for the graph of its outputs, by `_find_tensors`; None while it is unused."""
+    return sys.modules.get("torch.nn.parallel.distributed")
+
+
+def compiled_by_jit(function: Any) -> bool:
+    """Whether `function` is code that torch.jit compiled, which changes from call to call."""
+    return isinstance(function, (torch.jit.ScriptFunction, torch._C.ScriptMethod))
+
+
 def compiled_original(module: Any) -> Any:
     """What ``torch.compile(module)`` was made of; `module` itself where it was not."""
     dynamo = sys.modules.get("torch._dynamo")

@@ -51,6 +51,7 @@ class Parameters(dict[str, Any]):
         self.taus = taus  # the names of τ by those of θ0
         self.anchors = anchors
         self.whole = False  # whether θ0 and τ are both shown
+        self.put: set[str] = set()  # the names for which a forward has put another tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Parameters, (dict(dict.items(self)), self.taus, self.anchors)
@@ -60,17 +61,23 @@ class Parameters(dict[str, Any]):
         if name not in self.taus or self.whole or type(theta0) is Dual:
             return theta0
         pass_ = self.anchors.pass_of_this_thread()
-        if pass_ is None or not isinstance(theta0, nn.Parameter):
-            return theta0  # no parameter: torch.func.functional_call put another tensor there
+        if pass_ is None or name in self.put:
+            return theta0
         pass_.check_no_transform(name)
         dual = _dual(theta0, dict.__getitem__(self, self.taus[name]), pass_)
         dual.place = id(self), name
         return dual
 
     def __setitem__(self, name: str, value: Any) -> None:
-        # What was read here in a pass and is put back, as functional_call does, is θ0.
-        own = type(value) is Dual and value.place == (id(self), name)
-        dict.__setitem__(self, name, value.parameter if own else value)
+        # The forward may call a module with other tensors, as torch.func.functional_call does, and
+        # puts back what it had read here: θ0. Sharding puts parameters.
+        if type(value) is Dual and value.place == (id(self), name):
+            value = value.parameter
+        if isinstance(value, nn.Parameter) and type(value) is not Dual:
+            self.put.discard(name)
+        elif self.anchors.pass_of_this_thread() is not None:
+            self.put.add(name)
+        dict.__setitem__(self, name, value)
 
     def get(self, name: str, default: Any = None) -> Any:  # noqa: D102
         return self[name] if name in self else default  # noqa: SIM401 (that would be itself)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tangentfast._torch import compiled_by_jit
+
 _TENSOR = object()  # where a tensor goes in a structure
 _MOST = 4096  # kinds of calls remembered
 
@@ -98,8 +100,7 @@ def _derivative(
     kind = (func, tuple(active), *(_kind(x) for x in values))
     if kind not in _known:
         known = _tried(call, values, active)
-        # Code compiled by torch.jit changes from call to call, and its derivative with it.
-        if isinstance(func, (torch.jit.ScriptFunction, torch._C.ScriptMethod)):
+        if compiled_by_jit(func):  # its derivative changes from call to call
             return known
         if len(_known) >= _MOST:
             _known.clear()
@@ -109,7 +110,7 @@ def _derivative(
 
 def _kind(x: Any) -> Hashable:
     if isinstance(x, Tensor):
-        return x.dtype, x.dim(), x.device.type, x.numel() == 0
+        return x.dtype, x.dim(), x.device.type, x.numel() == 0, x.is_contiguous()
     plain = isinstance(x, (int, float, str, bool, type(None)))
     return (type(x).__name__, x) if plain else type(x).__qualname__
 
@@ -117,7 +118,7 @@ def _kind(x: Any) -> Hashable:
 def _tried(call: Call, values: list[Any], active: list[int]) -> Derivative:
     xs, ys, places = _separate(call, values, active)
     if not places:
-        return _by_jvp  # whole numbers
+        return _constant(call, values, active, xs)
     us = [_random_like(y) for y in ys]
     reasons = []
     ws: list[Tensor] | None = None
@@ -144,8 +145,24 @@ def _tried(call: Call, values: list[Any], active: list[int]) -> Derivative:
         if _as_differences(call, values, active, places, along, dys):
             return derivative
         disputed = True
-        reasons.append("it is not the limit of differences")
+        finite = all(dy.isfinite().all() for dy in dys)
+        reasons.append("it is not the limit of differences" if finite else "it is not finite")
     raise Underivable("torch has no derivative of it (" + "; ".join(reasons) + ")")
+
+
+def _constant(call: Call, values: list[Any], active: list[int], xs: list[Tensor]) -> Derivative:
+    """Torch knows no derivative: because it is zero, or because nobody has written it."""
+    leaves = tree_flatten(call(values))[0]
+    floats = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and _is_smooth(y)]
+    zeros = [torch.zeros_like(leaves[i]) for i in floats]
+    along = [_random_like(x) for x in xs]
+    if floats and not _as_differences(call, values, active, floats, along, zeros):
+        raise Underivable("torch has no derivative of it")
+    return _by_jvp
+
+
+def _is_smooth(y: Tensor) -> bool:
+    return y.is_floating_point() or y.is_complex()
 
 
 def _adjoint(us: list[Tensor], dys: list[Tensor], ws: list[Tensor]) -> bool:
@@ -191,7 +208,7 @@ def _as_differences(
 
 
 def _wide(x: Any) -> Any:
-    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+    if not isinstance(x, Tensor) or not _is_smooth(x):
         return x
     return x.detach().to(torch.complex128 if x.is_complex() else torch.float64)
 
@@ -216,10 +233,7 @@ def _separate(
         values[i] = values[i].detach().requires_grad_()
     with torch.enable_grad():
         leaves = tree_flatten(call(values))[0]
-    tensors = [y for y in leaves if isinstance(y, Tensor)]
     places = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad]
-    if not places and any(y.is_floating_point() or y.is_complex() for y in tensors):
-        raise Underivable("torch has no derivative of it")
     return [values[i] for i in active], [leaves[i] for i in places], places
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tangentfast._torch import identity_functions
+from tangentfast._torch import ddp_module, identity_functions
 from tangentfast.dual import Dual, plain, wrap
 
 
@@ -21,6 +21,19 @@ def carry_duals() -> None:
     for function in identity_functions():
         if not hasattr(function.apply, "carries_duals"):
             function.apply = staticmethod(_carrying(function.apply))
+    ddp = ddp_module()
+    if ddp is not None and not hasattr(ddp._find_tensors, "carries_duals"):
+        ddp._find_tensors = _finding_primals(ddp._find_tensors)
+
+
+def _finding_primals(original: Callable[..., Any]) -> Callable[..., Any]:
+    """find_unused_parameters walks the graph of what it finds: a handle has none."""
+
+    def find_tensors(output: Any) -> list[Any]:
+        return [plain(x) for x in original(output)]
+
+    find_tensors.carries_duals = True  # type: ignore[attr-defined]
+    return find_tensors
 
 
 def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:

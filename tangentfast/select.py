@@ -48,10 +48,11 @@ def select(model: nn.Module, params: Selection) -> list[str]:
 
     Args:
         model: any module. Tied parameters count once, under their first name.
-        params: ``"all"``: every floating-point parameter; ``"attention"``: the weights W_q, W_k,
-            W_v, W_o of every attention module and nothing else (Jin et al. 2024, arXiv:2407.07089),
-            as nn.MultiheadAttention, open_clip, timm, Hugging Face and torchvision name them; a
-            glob or a name, or several; or ``callable(name, parameter) -> bool``.
+        params: ``"all"``: every floating-point or complex parameter; ``"attention"``: the weights
+            W_q, W_k, W_v, W_o of every attention module and nothing else (Jin et al. 2024,
+            arXiv:2407.07089), as nn.MultiheadAttention, open_clip, timm, Hugging Face and
+            torchvision name them; a glob or a name, or several; or
+            ``callable(name, parameter) -> bool``.
 
     Raises:
         ValueError: a name or glob that matches no parameter, a selection that is empty, or an
@@ -60,7 +61,7 @@ def select(model: nn.Module, params: Selection) -> list[str]:
     """
     named = dict(model.named_parameters())
     if params == "all":
-        chosen = {n for n, p in named.items() if p.is_floating_point()}
+        chosen = {n for n, p in named.items() if _has_derivative(p)}
     elif params == "attention":
         chosen = _attention(model)
         if not chosen:
@@ -91,12 +92,16 @@ def select(model: nn.Module, params: Selection) -> list[str]:
         raise TypeError(
             f"params: expected a string, a list of them or a callable, got {type(params).__name__}."
         )
-    integer = [n for n in chosen if not named[n].is_floating_point()]
+    integer = [n for n in chosen if not _has_derivative(named[n])]
     if integer:
         raise ValueError(f"params: {integer[0]!r} is {named[integer[0]].dtype}; expected floats.")
     if not chosen:
         raise ValueError(f"params: nothing of {type(model).__name__} was selected.")
     return [n for n in named if n in chosen]
+
+
+def _has_derivative(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def describe(params: Selection) -> str:

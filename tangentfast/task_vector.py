@@ -41,14 +41,16 @@ class TaskVector(Mapping[str, Tensor]):
         selection: which parameters were selected, in words; ``"all"`` by default.
 
     Raises:
-        TypeError: an entry is no floating-point tensor.
+        TypeError: an entry is no floating-point or complex tensor.
     """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], *, base: Base | None = None, selection: str = "all"
     ) -> None:
         for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            if not isinstance(tensor, Tensor) or not (
+                tensor.is_floating_point() or tensor.is_complex()
+            ):
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"TaskVector: {name!r} is {got}, expected a floating-point tensor")
         self._tensors = _tie({name: tensor.detach() for name, tensor in tensors.items()})
@@ -181,7 +183,16 @@ class TaskVector(Mapping[str, Tensor]):
         """Write a safetensors file with base, selection and versions in its metadata.
 
         The file appears complete or not at all: it is written beside `path` and then renamed.
+
+        Raises:
+            TypeError: an entry is complex128, which the format has not.
         """
+        for name, tensor in self.items():
+            if tensor.dtype == torch.complex128:
+                raise TypeError(
+                    f"save: {name!r} is complex128, which safetensors files cannot hold. Expected "
+                    "complex64 or real numbers: use to(torch.complex64) on it."
+                )
         first: dict[int, str] = {}
         aliases = {n: first[id(t)] for n, t in self.items() if first.setdefault(id(t), n) != n}
         own = {n: t for n, t in self.items() if n not in aliases}

@@ -1,110 +1,18 @@
-"""Calls of every function that has a rule, as data: `CASES`, by the function's name.
-
-``R(3, 4)`` stands for a random float tensor that may carry a tangent; every other value, tensors
-included, is a constant of the call.
-"""
+"""Calls of every function that has a rule, as data: `CASES`, by the function's name."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+from case import C, Call, Case, R, Table, but, each, index, inf, on
+from cases_attention import ATTENTION
+from cases_complex import COMPLEX
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-inf = float("inf")
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["CASES", "C", "Call", "Case", "R", "Table", "but", "each", "positive"]
 
-
-class R:
-    """A random tensor of a shape: normal, or within [low, high], or of few whole numbers (ties)."""
-
-    def __init__(self, *shape: int, low: float = 0, high: float = 0, ties: bool = False):
-        self.shape, self.low, self.high, self.ties = shape, low, high, ties
-
-    def build(self, generator: torch.Generator, dtype: torch.dtype, strided: bool) -> Tensor:
-        if self.ties:
-            x = torch.randint(-1, 2, self.shape, generator=generator).double()
-        elif self.low == self.high:
-            x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
-        else:
-            x = torch.rand(self.shape, generator=generator, dtype=torch.float64)
-            x = self.low + (self.high - self.low) * x
-        x = x.to(dtype)
-        if not strided or x.dim() == 0:
-            return x
-        # neither contiguous nor at the start of its memory
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 1, 2), float("nan"))
-        wide[..., 1:, 1] = x
-        return wide[..., 1:, 1]
-
-    def __repr__(self) -> str:
-        return f"R{self.shape}"
-
-
-@dataclasses.dataclass
-class Case:
-    """One call. `on`: only the functions found in this room (torch, Tensor, F)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    on: Any = None
-    strided: bool = True  # may its tensors be non-contiguous
-    adjoint: bool = True  # is torch's backward the adjoint of its JVP
-    cuda: bool = False
-    since: str = "2.10"  # in older torch its JVP and its backward differ, or one of them fails
-
-    def build(self, dtype: torch.dtype, strided: bool = False) -> tuple[Call, list[int]]:
-        """The call's (args, kwargs), and which of its leaves may have a tangent."""
-        generator = torch.Generator().manual_seed(1)
-        leaves, spec = tree_flatten((self.args, self.kwargs))
-        active = [i for i, x in enumerate(leaves) if isinstance(x, R)]
-        built = [x.build(generator, dtype, strided) if isinstance(x, R) else x for x in leaves]
-        return tree_unflatten(built, spec), active
-
-    def applies(self, function: Any) -> bool:
-        return self.on is None or getattr(self.on, function.__name__, None) is function
-
-    def __repr__(self) -> str:
-        def short(x: Any) -> str:
-            if isinstance(x, (tuple, list)):
-                return "[" + ",".join(map(short, x)) + "]"
-            if isinstance(x, Tensor):
-                return "t" + "x".join(map(str, x.shape))
-            return "x".join(map(str, x.shape)) or "0d" if isinstance(x, R) else str(x)
-
-        parts = [short(a) for a in self.args] + [f"{n}={short(v)}" for n, v in self.kwargs.items()]
-        return ";".join(parts)
-
-
-def C(*args: Any, **kwargs: Any) -> Case:
-    return Case(args, kwargs)
-
-
-def on(room: Any, case: Case, **options: Any) -> Case:
-    return dataclasses.replace(case, on=room, **options)
-
-
-def but(case: Case, **options: Any) -> Case:
-    return dataclasses.replace(case, **options)
-
-
-def index(*values: Any) -> Tensor:
-    return torch.tensor(values)
-
-
-Table = dict[str, list[Case]]
 X = C(R(2, 3))
-
-
-def each(names: str, cases: list[Case]) -> Table:
-    """The same cases for several functions."""
-    return {name: cases for name in names.split()}
-
-
-SHAPES = [C(R(3, 4)), C(R()), C(R(1)), C(R(0, 3))]
+SHAPES = [C(R(3, 4)), C(R()), C(R(5)), C(R(0, 3))]
 mask34 = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
 rows = index([0, 2, 1, 0], [3, 1, 1, 0], [2, 2, 0, 1])  # 3 x 4
 image, volume = R(2, 4, 5, 6), R(1, 2, 4, 4, 4)
@@ -207,10 +115,31 @@ SHAPE: Table = {
     "select_scatter": [C(R(4, 3), R(4), 1, 2)],
     "slice_scatter": [C(R(4, 3), R(4, 3)), C(R(4, 3), R(2, 3), 0, 1, 3),
                       C(R(4, 3), R(2, 3), start=2)],
+    **each("as_strided as_strided_copy", [
+        but(C(R(3, 4), (2, 2), (5, 1)), strided=False), but(C(R(6), (3, 4), (1, 1)), strided=False),
+        but(C(R(3, 4), (2, 3), (4, 1), 1), strided=False)]),
+    "as_strided_scatter": [but(
+        C(R(3, 4), R(2, 2), (2, 2), (5, 1), 1), strided=False, adjoint=False)],
     "diagonal_scatter": [C(R(3, 3), R(3)), C(R(3, 3), R(2), 1), C(R(3, 3), R(2), offset=-1)],
 }  # fmt: skip
 
+points = R(2, 3, 5, 2, low=-1.2, high=1.2)
+points3 = R(1, 2, 3, 2, 3, low=-1.2, high=1.2)
+_, highest = F.max_pool2d(torch.randn(1, 2, 4, 4), 2, return_indices=True)
 SAMPLING: Table = {
+    "max_unpool1d": [C(R(1, 2, 2), index([0, 3], [1, 2])[None], 2)],
+    "max_unpool2d": [on(F, C(R(1, 2, 2, 2), highest, 2)),
+                     on(torch._C._nn, C(R(1, 2, 2, 2), highest, (4, 4)))],
+    "max_unpool3d": [on(F, C(R(1, 2, 1, 2, 2), highest[:, :, None], (1, 2, 2))),
+                     on(torch._C._nn, C(
+                         R(1, 2, 1, 2, 2), highest[:, :, None], (1, 4, 4), (1, 2, 2), (0, 0, 0)))],
+    "grid_sample": [
+        C(image, points), C(image, points, "nearest"), C(image, points, "bicubic", "reflection"),
+        C(image, points, padding_mode="border", align_corners=True), C(volume, points3),
+        C(volume, points3, padding_mode="reflection"), C(R(0, 4, 5, 6), R(0, 3, 5, 2)),
+    ],
+    **each("grid_sampler grid_sampler_2d", [C(image, points, 0, 0, False)]),
+    "grid_sampler_3d": [C(volume, points3, 0, 1, True)],
     "interpolate": [C(image, scale_factor=2), C(image, (3, 7), mode="bilinear"),
                     C(image, size=(7, 3), mode="bilinear", align_corners=True),
                     C(image, (7, 7), mode="bicubic", antialias=True),
@@ -240,7 +169,7 @@ UNARY = """
 
 def unary(name: str) -> list[Case]:
     low, high = DOMAINS.get(name, (0, 0))
-    return [C(R(*s, low=low, high=high)) for s in ((3, 4), (), (1,), (0, 3))]
+    return [C(R(*s, low=low, high=high)) for s in ((3, 4), (), (5,), (0, 3))]
 
 
 BROADCAST = [C(R(3, 4), R(3, 4)), C(R(3, 1), R(4)), C(R(), R(2, 3)), C(R(3, 4), 2.5),
@@ -264,6 +193,12 @@ ELEMENTWISE: Table = {
     **{name: unary(name) for name in UNARY.split()},
     "gelu": [*SHAPES, C(R(3, 4), approximate="tanh")],
     "leaky_relu": [*SHAPES, C(R(3, 4), 0.2), C(R(3, 4), negative_slope=0.3)],
+    "celu": [*SHAPES, C(R(3, 4), 0.5), C(R(3, 4), alpha=1.5)],
+    **each("threshold _threshold", [
+        C(R(3, 4), 0.1, 20.0), C(R(), threshold=-0.5, value=0.0)]),
+    "rrelu": [on(F, C(R(3, 4))), on(F, C(R(3, 4), 0.1, 0.4, True))],
+    **each("alpha_dropout feature_alpha_dropout", [
+        on(F, C(R(3, 4, 5), 0.4, True)), on(F, C(R(3, 4, 5))), on(F, C(R(3, 4), 1.0, True))]),
     "elu": [*SHAPES, C(R(3, 4), 0.5), C(R(3, 4), alpha=1.5)],
     "hardtanh": [*SHAPES, C(R(3, 4), -0.5, 0.7), C(R(3, 4), min_val=-0.1)],
     "softplus": [*SHAPES, C(R(3, 4), 2), C(R(3, 4), threshold=0.5)],
@@ -295,6 +230,9 @@ ELEMENTWISE: Table = {
 }  # fmt: skip
 
 filters = R(6, 4, 3, 3)
+flat, starts = index(0, 2, 4, 2, 1), index(0, 2, 2, 4)  # of bags, one of which is empty
+bounds = index(0, 2, 2, 5)
+ends = torch.tensor([2, 2, 6], dtype=torch.int32)  # of groups, one of which is empty
 LINEAR: Table = {
     **each("matmul __matmul__", [
         C(R(3, 4), R(4, 5)), C(R(4), R(4)), C(R(4), R(4, 5)), C(R(3, 4), R(4)),
@@ -339,6 +277,14 @@ LINEAR: Table = {
     # backward gives the padding row no gradient, but its tangent counts: not an adjoint pair
     "embedding": [C(rows, R(5, 3)), C(index(1, 1), R(5, 3)),
                   but(C(rows, R(5, 3), 0), adjoint=False)],
+    "embedding_bag": [
+        C(rows, R(5, 3)), C(rows, R(5, 3), mode="sum", per_sample_weights=R(3, 4)),
+        C(flat, R(5, 3), starts), C(flat, R(5, 3), bounds, mode="max", include_last_offset=True),
+        C(rows, R(5, 3), mode="max"), C(flat, R(5, 3), starts, mode="sum", padding_idx=2),
+    ],
+    **each("_grouped_mm grouped_mm", [
+        but(C(R(6, 8), R(3, 8, 4), offs=ends), dtype=torch.float32, strided=False),
+        but(C(R(3, 4, 8), R(3, 8, 4)), dtype=torch.float32, strided=False)]),
 }  # fmt: skip
 
 running_mean, running_var = torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).double()
@@ -357,7 +303,10 @@ NORM: Table = {
                    C(image, running_mean, running_var), C(R(3, 4), running_mean, running_var, R(4)),
                    C(image, running_mean, running_var, weight=R(4), bias=R(4), eps=0.1))),
                    on(torch, C(image, R(4), R(4), running_mean, running_var, False, 0.1, 1e-5,
-                       False))],
+                       False)),
+                   *(on(F, c) for c in (C(image, None, None, R(4), R(4), True),
+                   C(R(3, 4), None, None, training=True), C(R(1, 4, 9), None, None, R(4),
+                       training=True)))],
     "instance_norm": [C(image), C(image, weight=R(4), bias=R(4)), C(image, None, None, R(4)),
                       C(image, running_mean, running_var, R(4), R(4), use_input_stats=False)],
     "_weight_norm": [C(R(3, 4), R(3, 1)), C(R(3, 4), R(1, 4), 1), C(R(3, 4, 2), R(3, 1, 1)),
@@ -406,60 +355,31 @@ REDUCTION: Table = {
 }  # fmt: skip
 
 
-def heads(t: int, h: int = 2) -> R:
-    return R(2, h, t, 4)
-
-
-allowed = torch.ones(3, 5, dtype=torch.bool).tril(1)
-blind = allowed.clone()
-blind[1] = False  # a query that may look at nothing
-additive = torch.zeros(3, 5, dtype=torch.float64).masked_fill(~allowed, -inf)
-E = 8
-weights = (R(3 * E, E), R(3 * E), None, None, False, 0.0, R(E, E), R(E))
-
-
-def multi_head(q: R, k: R, v: R, *rest: Any, **kwargs: Any) -> Case:
-    return C(q, k, v, E, 2, *(rest or weights), **kwargs)
-
-
-late = torch.zeros(2, 5, dtype=torch.bool)
-late[1, 3:] = True
-query, key = R(3, 2, E), R(5, 2, E)
-separate = (None, R(3 * E), None, None, False, 0.0, R(E, E), R(E))
-ATTENTION: Table = {
-    "scaled_dot_product_attention": [
-        C(heads(3), heads(5), heads(5)), C(heads(3), heads(5), heads(5), allowed),
-        C(heads(3), heads(5), heads(5), attn_mask=additive),
-            C(heads(4), heads(4), heads(4), is_causal=True),
-        C(heads(3), heads(5), heads(5), is_causal=True), C(heads(3), heads(5), heads(5), blind),
-        C(heads(3), heads(5), heads(5), R(3, 5)),
-            C(heads(3), heads(5), heads(5), R(2, 1, 3, 5), scale=0.3),
-        C(heads(3), heads(5), heads(5), R(2, 1, 1, 5)), C(heads(3), heads(5), heads(5), scale=2.0),
-        C(heads(3, 4), heads(5), heads(5), enable_gqa=True), C(R(3, 4), R(5, 4), R(5, 6)),
-        C(heads(3, 4), heads(5), heads(5), allowed, enable_gqa=True, scale=0.2),
-        C(R(2, 3, 4), R(2, 5, 4), R(2, 5, 4)), C(R(0, 2, 3, 4), R(0, 2, 3, 4), R(0, 2, 3, 4)),
-        C(heads(1), heads(1), heads(1)), C(R(1, 2, 3, 4), heads(5), heads(5)),
-    ],
-    "multi_head_attention_forward": [
-        multi_head(query, query, query), multi_head(query, key, key),
-        multi_head(query, key, R(5, 2, E), need_weights=False),
-        multi_head(query, key, key, key_padding_mask=late),
-        multi_head(query, key, key, key_padding_mask=late, need_weights=False),
-        multi_head(query, key, key, attn_mask=~allowed, need_weights=False),
-        multi_head(query, key, key, attn_mask=additive, average_attn_weights=False),
-        multi_head(R(4, 2, E), R(4, 2, E), R(4, 2, E), need_weights=False, is_causal=True,
-                   attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1)),
-        multi_head(R(3, E), R(5, E), R(5, E), need_weights=False),
-        multi_head(query, key, key, R(3 * E, E), None, None, None, False, 0.0, R(E, E), None),
-        multi_head(query, key, key, R(3 * E, E), R(3 * E), R(1, 1, E), R(1, 1, E), True, 0.0, R(E,
-            E), R(E)),
-        multi_head(query, R(5, 2, 6), R(5, 2, 7), *separate, use_separate_proj_weight=True,
-                   q_proj_weight=R(E, E), k_proj_weight=R(E, 6), v_proj_weight=R(E, 7),
-                       need_weights=False),
-    ],
+labels = index([1, 0, -1, 2], [2, -1, 0, 0], [0, 1, 2, 3])
+LOSS: Table = {
+    "multi_margin_loss": [C(R(3, 4), index(0, 3, 1)), C(R(4), index(2)[0], 2, reduction="sum"),
+                          C(R(3, 4), index(0, 3, 1), 1, 0.5, torch.arange(4.0).double()),
+                          C(R(3, 4), index(0, 3, 1), reduction="none"),
+                          C(R(3, 4), index(0, 3, 1), size_average=False)],
+    "ctc_loss": [C(R(5, 2, 4), index([1, 2], [3, 1]), index(5, 4), index(2, 1)),
+                 C(R(5, 2, 4), index([1, 2], [3, 1]), (5, 4), (2, 1), reduction="none"),
+                 C(R(5, 4), index(1, 2), index(5)[0], index(2)[0], 3, "sum", True)],
+    "multilabel_margin_loss": [C(R(3, 4), labels), C(R(4), labels[0], reduction="sum"),
+                               C(R(3, 4), labels, reduction="none"),
+                               C(R(3, 4), labels, reduce=False)],
 }  # fmt: skip
 
-CASES: Table = {**SHAPE, **SAMPLING, **ELEMENTWISE, **LINEAR, **NORM, **REDUCTION, **ATTENTION}
+CASES: Table = {
+    **SHAPE,
+    **SAMPLING,
+    **ELEMENTWISE,
+    **LINEAR,
+    **NORM,
+    **REDUCTION,
+    **ATTENTION,
+    **LOSS,
+}
+CASES = {name: CASES.get(name, []) + COMPLEX.get(name, []) for name in CASES | COMPLEX}
 ALIASES = {
     "special_exp2": "exp2", "special_expm1": "expm1", "special_log1p": "log1p",
         "special_erf": "erf",

@@ -53,6 +53,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("readings")
 
 
+@pytest.mark.slow
 def test_every_benchmark_leaves_its_seconds(results: Path) -> None:
     data = json.loads(results.read_text())
     functions = {b["name"].partition("[")[0] for b in data["benchmarks"]}
@@ -67,6 +68,7 @@ def test_every_benchmark_leaves_its_seconds(results: Path) -> None:
             assert figures.get("bytes", 0) > 0 or min(figures["seconds"]) > 0
 
 
+@pytest.mark.slow
 def test_json_tells_the_machine_and_not_the_host(results: Path) -> None:
     data = json.loads(results.read_text())
     assert data["machine"]["versions"]["torch"]
@@ -75,6 +77,7 @@ def test_json_tells_the_machine_and_not_the_host(results: Path) -> None:
     assert str(ROOT) not in results.read_text()
 
 
+@pytest.mark.slow
 def test_page_shows_everything_that_was_measured(results: Path, documents: Path) -> None:
     page = (documents / "docs" / "benchmarks.md").read_text()
     for figure in FIGURES:
@@ -89,6 +92,7 @@ def test_page_shows_everything_that_was_measured(results: Path, documents: Path)
         assert row in page.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_readme_changes_between_its_markers_only(documents: Path) -> None:
     text = (documents / "README.md").read_text()
     assert text.startswith("before\n<!-- benchmarks:begin -->\n")

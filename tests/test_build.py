@@ -38,6 +38,7 @@ def test_kernels_know_no_torch() -> None:
         assert not any(word in text for word in ("ATen", "c10/", "torch/", "at::")), path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
 @pytest.mark.skipif(not (shutil.which("c++") or os.environ.get("CXX")), reason="no C++ compiler")
 def test_cpp(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tangentfast.ops.backend import load_native, native_problem
 ROOT = Path(__file__).parent.parent
 KERNELS = re.findall(r"^cuda +(\S+\.cu)$", (ROOT / "csrc/sources.txt").read_text(), re.M)
 FLAGS = re.findall(r'compile_args\["nvcc"\] = (\[.+?\])', (ROOT / "setup.py").read_text())
+# Warnings and spills are of one compiler: these are asserted, and of others shown.
+TESTED = "release 13.0"
 SPILLS: dict[str, str] = {}  # part of a kernel's name -> why it may spill
 REPORT = re.compile(
     r"Compiling entry function '(?P<kernel>\S+)' for '(?P<arch>\S+)'"
@@ -57,12 +60,16 @@ def test_kernels_do_not_spill(source: str, tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     said = run.stdout + run.stderr
     assert run.returncode == 0, said
-    assert "warning" not in said, said
     kernels = list(REPORT.finditer(said))
     assert len(kernels) == said.count("Compiling entry function") > 0, said
     for kernel in kernels:  # pytest -rP shows it
         print(f"{kernel['kernel']} {kernel['arch']}: {kernel['registers']}{kernel['rest']}")
-    assert not spilling(said), "\n".join(spilling(said))
+    problems = spilling(said) + [line for line in said.splitlines() if "warning" in line]
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    if TESTED in version.stdout:
+        assert not problems, "\n".join(problems)
+    elif problems:
+        warnings.warn("\n".join(problems), stacklevel=1)
 
 
 @pytest.mark.skipif(

@@ -84,12 +84,53 @@ def distributed(kind: str, params: str, rank: int) -> tuple[object, ...]:
     return out.detach(), evaluated, gradients, vector
 
 
+JVP_CASES = ("fsdp", "ddp", "static_graph", "find_unused_parameters")
+
+
+def mean_flow(net: nn.Module, x: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The derivative by the input and a loss of both, as consistency models are trained."""
+    with torch.set_grad_enabled(grad):
+        u, du = tf.jvp(net, (x,), tangents=(torch.ones_like(x),))
+    return du, (u - du).square().mean()
+
+
+def jvp_distributed(kind: str, rank: int) -> tuple[object, ...]:
+    torch.manual_seed(0)
+    net = Net().double()
+    x = torch.randn(4, 5, 16).double()[rank * 2 : rank * 2 + 2]
+    model: nn.Module = net
+    if kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    else:
+        options = {} if kind == "ddp" else {kind: True}
+        model = nn.parallel.DistributedDataParallel(net, **options)
+    found = []
+    for grad in (True, False, True):  # what one call leaves behind, the next one meets
+        model.zero_grad()
+        du, loss = mean_flow(model, x, grad)
+        if grad:
+            loss.backward()
+            found.append({n: whole(p.grad) for n, p in net.named_parameters()})
+        found.append(du)
+    with torch.no_grad():
+        found.append(model(x))
+    return tuple(found)
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        torch.save({c: distributed(*c, rank) for c in CASES}, f"{folder}/{rank}.pt")
+        found: dict[object, object] = {c: distributed(*c, rank) for c in CASES}
+        found.update({kind: jvp_distributed(kind, rank) for kind in JVP_CASES})
+        torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -117,3 +158,22 @@ def test_two_processes_equal_one(results: list, kind: str, params: str) -> None:
         for name, tau in lin.tau.items():
             torch.testing.assert_close(gradients[name], tau.grad, rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(vector[name], tau.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", JVP_CASES)
+def test_jvp_in_two_processes_equals_one(results: list, kind: str) -> None:
+    torch.manual_seed(0)
+    net = Net().double()
+    x = torch.randn(4, 5, 16).double()
+    du, loss = mean_flow(net, x, True)
+    loss.backward()
+    for result in results:
+        first, _, _, second, *_ = result[kind]
+        for gradients in (first, second):
+            for name, parameter in net.named_parameters():
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-14)
+    for place in (1, 2, 4):
+        computed = torch.cat([result[kind][place] for result in results])
+        torch.testing.assert_close(computed, du, rtol=1e-12, atol=1e-13)
+    computed = torch.cat([result[kind][5] for result in results])
+    torch.testing.assert_close(computed, net(x).detach(), rtol=1e-12, atol=1e-13)

@@ -24,6 +24,7 @@ def python(name: str, code: str, **options: Any) -> Any:
     return gpu.Stage(name, [sys.executable, "-c", code], options.pop("seconds", 60), **options)
 
 
+@pytest.mark.slow
 def test_outcomes() -> None:
     ok = gpu.run(python("ok", "import os; print(os.environ['A'] + os.environ['B'])",
                         environment={"A": "x"}), {"B": "y"})  # fmt: skip
@@ -64,6 +65,7 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_publish(tmp_path: Path) -> None:
     """What `gather` makes of the suites' files is a run that the page can be made from."""
+    pytest.importorskip("matplotlib")
     (tmp_path / "README.md").write_text("<!-- benchmarks:begin --><!-- benchmarks:end -->")
     seconds = {"seconds": [1.0, 2.0]}
     record = {

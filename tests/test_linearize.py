@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -164,7 +165,7 @@ def test_dropout_is_the_same_function_for_primal_and_tangent(x: Tensor) -> None:
         shifted = {n: base[n] + scale * lin.tau[n].detach() for n in base}
         return torch.func.functional_call(net, shifted, (x,))
 
-    numeric = (at(1e-6) - at(-1e-6)) / 2e-6
+    numeric = (at(1e-6) - at(-1e-6)) / 2e-6  # off by eps / 1e-6 = 2e-10 of sums of 100 terms
     torch.manual_seed(5)
     torch.testing.assert_close(lin(x) - f0, numeric, rtol=1e-6, atol=1e-7)
 
@@ -180,12 +181,13 @@ def test_autocast(dtype: torch.dtype, x: Tensor) -> None:
         out = lin(x)
         assert out.dtype == net(x).dtype
     out.float().sum().backward()
-    eps = torch.finfo(dtype).eps
-    assert (out.float() - exact).norm() < 8 * eps * exact.norm()
+    # Six products in a row round two operands and a result each; backward does it once more.
+    eps = 6 * 3 * torch.finfo(dtype).eps / 2
+    assert (out.float() - exact).norm() < eps * exact.norm()
     cast = lin.tau["attention.in_proj_weight"].grad
     assert cast is not None
     assert cast.dtype == torch.float32
-    assert (cast - grad).norm() < 16 * eps * grad.norm()
+    assert (cast - grad).norm() < 2 * eps * grad.norm()
 
 
 class Casts(TorchDispatchMode):
@@ -463,10 +465,19 @@ def test_recurrent_layers_are_refused() -> None:
 
 
 def test_tensor_computed_from_parameters_outside_forward() -> None:
-    net = nn.Linear(3, 3)
-    net.squared = net.weight * 2  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="keeps a tensor that was computed from its parameters"):
-        tf.linearize(net)
+    """It is a constant where it is used, and an error where it hides the only use of θ0."""
+
+    class Squared(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.squared + (0 if self.hides else super().forward(x))
+
+    net = Squared(3, 3)
+    net.squared, net.hides = net.weight * 2, False
+    lin, x = at_random(tf.linearize(net)), torch.randn(2, 3)
+    torch.testing.assert_close(lin(x) - net(x), F.linear(x, lin.tau["weight"], lin.tau["bias"]))
+    net.hides = True
+    with pytest.raises(RuntimeError, match=r"'weight' was not read.* in 'squared'"):
+        tf.linearize(net)(x)
 
 
 def test_parametrized_modules() -> None:
@@ -479,7 +490,7 @@ def test_parametrized_modules() -> None:
         shifted = {n: base[n] + h * lin.tau[n].detach() for n in base}
         return torch.func.functional_call(net, shifted, (x,))
 
-    numeric = (at(1e-5) - at(-1e-5)) / 2e-5
+    numeric = (at(1e-5) - at(-1e-5)) / 2e-5  # off by 1e-10 f''' and by eps / 1e-5
     torch.testing.assert_close(lin(x) - net(x), numeric, rtol=1e-8, atol=1e-9)
 
 

@@ -71,6 +71,10 @@ WRITING: dict[str, tuple[Function, Case]] = {
     "zero_ a row": (on_clone(lambda x: x[1].zero_()), C(R(3, 4))),
     "normal_ a row": (on_clone(lambda x: x[1].normal_()), C(R(3, 4))),
     "uniform_": (on_clone(Tensor.uniform_), C(R(3, 4))),
+    "bernoulli_ a row, generator": (
+        on_clone(lambda x: x[1].bernoulli_(0.5, generator=torch.Generator().manual_seed(1))),
+        C(R(3, 4)),
+    ),
     "add_": (on_clone(Tensor.add_), C(R(3, 4), R(4))),
     "add_ alpha": (on_clone(lambda x, y: x.add_(y, alpha=2)), C(R(3, 4), R(4))),
     "add_ into a constant": (on_new(Tensor.add_), C(R(4))),
@@ -128,8 +132,8 @@ INPLACE = [f for f in of_kind(*DIFFERENTIABLE) if RULES[f].inplace >= 0 and has_
 
 @pytest.mark.parametrize("function", INPLACE, ids=name_of)
 def test_inplace_argument(function: Function) -> None:
-    call = on_clone(lambda x: function(x, inplace=True))
-    check(call, C(*CASES[name_of(function)][0].args[:1]))
+    call = on_clone(lambda x, *options: function(x, *options, inplace=True))
+    check(call, C(*CASES[name_of(function)][0].args))
 
 
 # --- operators, as people write them

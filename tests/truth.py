@@ -1,11 +1,13 @@
 """Float64 truth through ``torch.func.jvp``, and one measure of error for all dtypes.
 
-Errors are relative errors in norm, in units of the rounding (eps) of the dtype computed in.
+Errors are relative errors in norm, in units of the rounding (eps) of the dtype computed in; what
+they may be is derived (`rounding`), not tuned to the machine that a test was written on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,24 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tangentfast import LinearizedModel, linearize
 
-# One function: sums of tens of terms and a few steps.
-TOLERANCE = {torch.float64: 100.0, torch.float32: 100.0}
+# The most sums that follow one another in a rule: attention between its projections has the
+# product with W_in, scores, the softmax's sum, the tangent's sum, the values and W_out.
+SUMS = 6
+
+
+def rounding(terms: int, sums: int = SUMS) -> float:
+    """What `sums` sums of `terms` terms, one upon the other, may cost, in eps × ‖summands‖.
+
+    A sum is off by Σ|terms| eps/2 n at the worst, and by λ √n in place of n but for a chance of
+    2 exp(−λ²/2) (Higham & Mary 2019, A new approach to probabilistic rounding error analysis):
+    λ = 4, since in norm over many entries even that does not happen to all of them. The size is
+    that of the summands and not of the result, which may be the small rest of large numbers.
+    """
+    return sums * 4 * math.sqrt(max(terms, 1)) / 2
+
+
+# One function of up to 64 numbers.
+TOLERANCE = dict.fromkeys((torch.float64, torch.float32), rounding(64))
 
 # A whole model (DESIGN.md, section 6): (output, each gradient), relative in norm.
 CONTRACT = {torch.float64: (1e-12, 1e-11), torch.float32: (2e-6, 2e-5)}
@@ -36,8 +54,12 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 def floats(tree: Any) -> list[Tensor]:
-    """The floating-point tensors of any structure."""
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating-point tensors of any structure; a complex one as its two parts."""
+    parts = [
+        torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t
+        for t in tree_leaves(tree)
+    ]
+    return [t for t in parts if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def relative(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
@@ -55,10 +77,29 @@ def relative(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
     return distance / size if size and distance == distance else float("inf")
 
 
-def units(got: Any, truth: Any, dtype: torch.dtype | None = None) -> float:
-    """The largest error over all floating tensors, in roundings of `dtype` (or of their own)."""
-    pairs = list(zip(floats(got), floats(truth), strict=True))
-    return max((relative(a, b) / torch.finfo(dtype or a.dtype).eps for a, b in pairs), default=0.0)
+def units(
+    got: Any,
+    truth: Any,
+    dtype: torch.dtype | None = None,
+    summands: Sequence[Any] = (),
+) -> float:
+    """The largest error over all floating tensors, in roundings of `dtype` (or of their own).
+
+    `summands`, of the structure of `truth`: what it is the sum of. An error is measured against
+    their norms, where those are larger than that of the sum.
+    """
+    parts = [floats(s) for s in summands]
+    worst = 0.0
+    for i, (a, b) in enumerate(zip(floats(got), floats(truth), strict=True)):
+        size = sum(norm(part[i]) for part in parts)
+        worst = max(worst, relative(a, b, size) / torch.finfo(dtype or a.dtype).eps)
+    return worst
+
+
+def norm(x: Tensor) -> float:
+    """‖x‖ of the finite entries."""
+    x = x.detach().double()
+    return float(torch.where(x.isfinite(), x, 0).norm())
 
 
 def torch_jvp(

@@ -56,7 +56,7 @@ inline void check_activation(const at::Tensor& x, const std::optional<at::Tensor
 // The step from row to row where `tensor` is rows of contiguous numbers at equal steps; else -1.
 inline int64_t row_stride(const at::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  if (last < 1 || tensor.is_contiguous()) return last < 0 ? 1 : tensor.size(last);
+  if (tensor.is_contiguous()) return last < 0 ? 1 : tensor.size(last);
   if (tensor.size(last) != 1 && tensor.stride(last) != 1) return -1;
   int64_t stride = -1, expected = -1;
   for (int64_t d = last - 1; d >= 0; --d) {

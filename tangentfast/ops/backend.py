@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from tangentfast._torch import in_forward_ad, in_transform
 
 BACKENDS = ("native", "triton", "reference")
 TRITON_OPS = ("attention_jvp", "products")
@@ -124,7 +125,7 @@ def ordinary(*tensors: Tensor | None) -> bool:
     """Whether a native op may take these tensors: no subclass that has rules of its own (DTensor),
     no ``torch.func`` transform and no forward-mode AD, which look inside an op.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if in_transform() or in_forward_ad():
         return False
     return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
 

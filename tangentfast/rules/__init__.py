@@ -5,10 +5,14 @@
 
 from tangentfast.rules import (  # noqa: F401  (imported for what they register)
     attention,
+    complex,
     elementwise,
     linear,
+    losses,
     norm,
+    random,
     reduction,
+    sampling,
     shape,
     state,
 )

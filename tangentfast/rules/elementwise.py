@@ -15,10 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangentfast.ops.activation import activation_jvp
-from tangentfast.rules.registry import Jvp, add, composite, functions, fused, rule
+from tangentfast.rules.registry import Jvp, add, functions, fused, rule
 
 aten = torch.ops.aten
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (dx, x, y) -> dy
+
+
+def _along(dx: Tensor, direction: Tensor) -> Tensor:
+    """The part of dx along a direction in the complex plane, or on the real line."""
+    return (dx * direction.conj()).real if direction.is_complex() else dx * direction
+
 
 UNARY: dict[str, Derivative] = {
     "exp": lambda dx, x, y: dx * y,
@@ -42,8 +48,8 @@ UNARY: dict[str, Derivative] = {
     "atan": lambda dx, x, y: dx / (1 + x * x),
     "erf": lambda dx, x, y: dx * torch.exp(-x * x) * (2 / math.sqrt(math.pi)),
     "erfc": lambda dx, x, y: dx * torch.exp(-x * x) * (-2 / math.sqrt(math.pi)),
-    "abs": lambda dx, x, y: dx * x.sgn(),
-    "absolute": lambda dx, x, y: dx * x.sgn(),
+    "abs": lambda dx, x, y: _along(dx, x.sgn()),
+    "absolute": lambda dx, x, y: _along(dx, x.sgn()),
     "tanh": lambda dx, x, y: aten.tanh_backward(dx, y),
     "sigmoid": lambda dx, x, y: aten.sigmoid_backward(dx, y),
     "expit": lambda dx, x, y: aten.sigmoid_backward(dx, y),
@@ -52,6 +58,9 @@ UNARY: dict[str, Derivative] = {
     "logsigmoid": lambda dx, x, y: dx * torch.sigmoid(-x),
     "nan_to_num": lambda dx, x, y: dx * torch.isfinite(x),
 }
+
+# torch's backward kernels take the conjugate of the slope, and two functions are not of x alone.
+REAL = {"tanh", "sigmoid", "expit", "softsign", "logsigmoid", "nan_to_num"}
 
 # The same with an `inplace` argument.
 UNARY_INPLACE: dict[str, Derivative] = {
@@ -66,8 +75,8 @@ UNARY_INPLACE: dict[str, Derivative] = {
 }
 
 
-def _unary(function: Callable[..., Any], derivative: Derivative) -> None:
-    @rule(function)
+def _unary(function: Callable[..., Any], derivative: Derivative, complex: bool) -> None:
+    @rule(function, complex=complex)
     def unary(input: Tensor) -> tuple[Tensor, Jvp]:
         y = function(input)
         return y, lambda dx: derivative(dx, input, y)
@@ -82,7 +91,7 @@ def _unary_inplace(function: Callable[..., Any], derivative: Derivative) -> None
 
 for _name, _derivative in UNARY.items():
     for _function in functions(_name):
-        _unary(_function, _derivative)
+        _unary(_function, _derivative, _name not in REAL)
 for _name, _derivative in UNARY_INPLACE.items():
     for _function in functions(_name):
         _unary_inplace(_function, _derivative)
@@ -121,6 +130,24 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tenso
     return F.elu(input, alpha), lambda dx, *_: aten.elu_backward(dx, alpha, 1, 1, False, input)
 
 
+@rule("celu")
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tensor, Jvp]:
+    return (
+        F.celu(input, alpha),
+        lambda dx, *_: aten.elu_backward(dx, alpha, 1, 1 / alpha, False, input),
+    )
+
+
+@rule("threshold")
+def threshold(
+    input: Tensor, threshold: float, value: float, inplace: bool = False
+) -> tuple[Tensor, Jvp]:
+    return (
+        F.threshold(input, threshold, value),
+        lambda dx, *_: aten.threshold_backward(dx, input, threshold),
+    )
+
+
 @rule("hardtanh")
 def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
@@ -139,7 +166,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> tuple[Ten
     )
 
 
-@rule("add")
+@rule("add", complex=True)
 def add_(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     def jvp(dx: Tensor | None, dother: Tensor | None, _: None) -> Tensor | None:
         return add(dx, dother if dother is None or alpha == 1 else alpha * dother)
@@ -147,7 +174,7 @@ def add_(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     return torch.add(input, other, alpha=alpha), jvp
 
 
-@rule("sub", "subtract")
+@rule("sub", "subtract", complex=True)
 def sub(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     def jvp(dx: Tensor | None, dother: Tensor | None, _: None) -> Tensor | None:
         if dx is None or dother is None:
@@ -157,7 +184,7 @@ def sub(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     return torch.sub(input, other, alpha=alpha), jvp
 
 
-@rule("mul", "multiply")
+@rule("mul", "multiply", complex=True)
 def mul(input: Any, other: Any) -> tuple[Tensor, Jvp]:
     def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
         if dx is None or dother is None:
@@ -167,7 +194,7 @@ def mul(input: Any, other: Any) -> tuple[Tensor, Jvp]:
     return torch.mul(input, other), jvp
 
 
-@rule("div", "divide", "true_divide")
+@rule("div", "divide", "true_divide", complex=True)
 def div(input: Any, other: Any, rounding_mode: str | None = None) -> tuple[Tensor, Jvp]:
     y = torch.div(input, other, rounding_mode=rounding_mode)
 
@@ -181,7 +208,7 @@ def div(input: Any, other: Any, rounding_mode: str | None = None) -> tuple[Tenso
     return y, jvp
 
 
-@rule("pow", "__pow__")  # x ** 2 is not Tensor.pow
+@rule("pow", "__pow__", complex=True)  # x ** 2 is not Tensor.pow
 def pow(input: Any, exponent: Any) -> tuple[Tensor, Jvp]:
     y = torch.pow(input, exponent)
 
@@ -206,31 +233,31 @@ def pow(input: Any, exponent: Any) -> tuple[Tensor, Jvp]:
     return y, jvp
 
 
-@rule(Tensor.__rsub__)
+@rule(Tensor.__rsub__, complex=True)
 def reversed_sub(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
     y, jvp = sub(other, self)
     return y, lambda dx, dother: jvp(dother, dx, None)
 
 
-@rule(Tensor.__rdiv__, Tensor.__rtruediv__)
+@rule(Tensor.__rdiv__, Tensor.__rtruediv__, complex=True)
 def reversed_div(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
     y, jvp = div(other, self)
     return y, lambda dx, dother: jvp(dother, dx)
 
 
-@rule(Tensor.__rpow__)
+@rule(Tensor.__rpow__, complex=True)
 def reversed_pow(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
     y, jvp = pow(torch.as_tensor(other, dtype=self.dtype, device=self.device), self)
     return y, lambda dx, dother: jvp(dother, dx)
 
 
-@rule("rsub")
+@rule("rsub", complex=True)
 def rsub(input: Tensor, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     y, jvp = sub(other, input, alpha)
     return y, lambda dx, dother, _: jvp(dother, dx, None)
 
 
-@rule("addcmul")
+@rule("addcmul", complex=True)
 def addcmul(
     input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
 ) -> tuple[Tensor, Jvp]:
@@ -244,7 +271,7 @@ def addcmul(
     return torch.addcmul(input, tensor1, tensor2, value=value), jvp
 
 
-@rule("addcdiv")
+@rule("addcdiv", complex=True)
 def addcdiv(
     input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
 ) -> tuple[Tensor, Jvp]:
@@ -258,7 +285,7 @@ def addcdiv(
     return torch.addcdiv(input, tensor1, tensor2, value=value), jvp
 
 
-@rule("lerp")
+@rule("lerp", complex=True)
 def lerp(input: Tensor, end: Tensor, weight: Any) -> tuple[Tensor, Jvp]:
     def jvp(dx: Any, dend: Any, dweight: Any) -> Tensor | None:
         moved = add(
@@ -312,20 +339,3 @@ def _chosen(function: Callable[..., Any]) -> None:
 
 for _function in functions("maximum", "minimum", "fmax", "fmin"):
     _chosen(_function)
-
-
-def _dropout(function: Callable[..., Any]) -> None:
-    """Linear once the mask is drawn; drawn once, as torch draws it, so that seeds mean the same."""
-
-    @composite(function)
-    def dropout(
-        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0:
-            return input
-        mask = function(torch.ones_like(input), p, training)
-        return input.mul_(mask) if inplace else input * mask
-
-
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout):
-    _dropout(_function)

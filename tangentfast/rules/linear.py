@@ -38,7 +38,7 @@ NARROWED = functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm")
 
 
 def _bilinear(function: Callable[..., Any]) -> None:
-    @rule(function)
+    @rule(function, complex=True)
     def product(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
         if function in NARROWED:
             input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
@@ -54,7 +54,7 @@ for _function in functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "
     _bilinear(_function)
 
 
-@fused("linear")
+@fused("linear", complex=True)
 def linear(
     tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, list[Any]]:
@@ -78,7 +78,7 @@ def bilinear(
 
 
 def _added(function: Callable[..., Any], product: Callable[..., Any]) -> None:
-    @rule(function)
+    @rule(function, complex=True)
     def added(
         input: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
     ) -> tuple[Tensor, Jvp]:
@@ -104,7 +104,7 @@ _added_product("baddbmm", torch.bmm, "input batch1 batch2")
 _added_product("addbmm", lambda a, b: torch.bmm(a, b).sum(0), "input batch1 batch2")
 
 
-@rule("einsum")
+@rule("einsum", complex=True)
 def einsum(equation: Any, *operands: Any) -> tuple[Tensor, Jvp]:
     tensors = operands[0] if isinstance(operands[0], (tuple, list)) else operands
 
@@ -115,7 +115,7 @@ def einsum(equation: Any, *operands: Any) -> tuple[Tensor, Jvp]:
     return torch.einsum(equation, *tensors), jvp
 
 
-@rule("tensordot")
+@rule("tensordot", complex=True)
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> tuple[Tensor, Jvp]:
     def product(x: Tensor, y: Tensor) -> Tensor:
         return torch.tensordot(x, y, dims)
@@ -140,7 +140,7 @@ def _convolution_jvp(
 
 
 def _convolution(function: Callable[..., Any]) -> None:
-    @fused(function)
+    @fused(function, complex=True)
     def conv(
         tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
@@ -153,7 +153,7 @@ def _convolution(function: Callable[..., Any]) -> None:
 
 
 def _transposed_convolution(function: Callable[..., Any]) -> None:
-    @fused(function)
+    @fused(function, complex=True)
     def conv_transpose(
         tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
@@ -168,7 +168,7 @@ for _function in functions("conv_transpose1d", "conv_transpose2d", "conv_transpo
     _transposed_convolution(_function)
 
 
-@rule(F.embedding)
+@rule(F.embedding, complex=True)
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -184,3 +184,80 @@ def embedding(
         raise Inexact("scale_grad_by_freq has a backward that is not its derivative; unset it.")
     y = F.embedding(input, weight, padding_idx, sparse=sparse)
     return y, lambda _, dweight, *__: F.embedding(input, dweight)
+
+
+@rule(F.embedding_bag)
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Jvp]:
+    if max_norm is not None:
+        raise Inexact("max_norm rewrites the weight in place; unset max_norm.")
+    if scale_grad_by_freq:
+        raise Inexact("scale_grad_by_freq has a backward that is not its derivative; unset it.")
+
+    def bags(weight: Tensor, scales: Tensor | None) -> Tensor:
+        return F.embedding_bag(
+            input, weight, offsets, mode=mode, sparse=sparse, per_sample_weights=scales,
+            include_last_offset=include_last_offset, padding_idx=padding_idx,
+        )  # fmt: skip
+
+    def largest(dweight: Tensor) -> Tensor:
+        """The tangents of the rows that were chosen in each bag, 0 where it is empty."""
+        flat = input.flatten()
+        starts: Any = offsets
+        if input.dim() == 2:
+            starts = torch.arange(0, flat.numel(), input.shape[1], device=input.device)
+        options = (False, 2, sparse, None, include_last_offset, padding_idx)
+        _, _, sizes, chosen = torch.embedding_bag(weight, flat, starts, *options)
+        return torch.where(sizes[:, None] == 0, 0, dweight.gather(0, chosen.clamp_min(0)))
+
+    def jvp(_: None, dweight: Tensor | None, *rest: Tensor | None) -> Any:
+        if mode == "max":
+            return largest(dweight)  # type: ignore[arg-type]
+        return _product_rule(bags, (weight, per_sample_weights), (dweight, rest[6]))
+
+    return bags(weight, per_sample_weights), jvp
+
+
+def _as_laid_out(tangent: Tensor | None, x: Tensor) -> Tensor | None:
+    """The tangent with the strides of x, which the grouped kernels are particular about."""
+    if tangent is None or tangent.stride() == x.stride():
+        return tangent
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(tangent)
+
+
+def _grouped(function: Callable[..., Any]) -> None:
+    @rule(function)
+    def grouped_mm(
+        mat_a: Tensor,
+        mat_b: Tensor,
+        offs: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Jvp] | None:
+        """Each group of rows by a matrix of its own: the experts of a mixture."""
+        if bias is not None:
+            return None  # torch has an argument for it and no kernel
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            return function(a, b, offs=offs, out_dtype=out_dtype)
+
+        def jvp(da: Tensor | None, db: Tensor | None, *_: None) -> Any:
+            tangents = [_as_laid_out(da, mat_a), _as_laid_out(db, mat_b)]
+            return _product_rule(product, (mat_a, mat_b), tangents)
+
+        return product(mat_a, mat_b), jvp
+
+
+for _function in functions("_grouped_mm", "grouped_mm"):
+    _grouped(_function)

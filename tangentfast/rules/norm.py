@@ -86,6 +86,26 @@ def group_norm(
     return y, jvp
 
 
+def _by_own_statistics(
+    input: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Jvp]:
+    """Batch norm that keeps no statistics is a fixed function: standardised weights are made so."""
+    y = F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
+
+    def jvp(dx: Any, _m: None, _v: None, dweight: Any, dbias: Any, *__: None) -> Tensor:
+        x = input.to(y.dtype)
+        x_hat, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, momentum, eps)
+        dx_hat = None
+        if dx is not None:
+            dx_hat = aten.native_batch_norm_backward(
+                dx.to(y.dtype), x, None, None, None, mean, rstd, True, eps, [True, False, False]
+            )[0]
+        channels = [t if t is None else _per_channel(t, input) for t in (weight, dweight, dbias)]
+        return _affine(lambda: x_hat, dx_hat, *channels)
+
+    return y, jvp
+
+
 @rule(F.batch_norm)
 def batch_norm(
     input: Tensor,
@@ -98,6 +118,8 @@ def batch_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> tuple[Tensor, Jvp]:
+    if running_mean is None and running_var is None:
+        return _by_own_statistics(input, weight, bias, training, momentum, eps)
     if training or running_mean is None or running_var is None:
         raise Inexact(
             "train-mode batch norm ties the samples of a batch together and moves its "

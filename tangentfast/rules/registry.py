@@ -34,26 +34,30 @@ class Inexact(RuntimeError):
 class Rule:
     """How one function acts on dual numbers.
 
-    `complex`: its formula holds for complex numbers, too; where it does not, the fallback takes
-    calls with complex arguments.
+    `complex`: whether it holds for complex numbers too, the derivative being that of real and
+    imaginary parts (``torch.func.jvp``'s); a call with complex numbers falls back where it does
+    not. A formula that was written for real numbers has to be looked at before it says so: a square
+    there may be a product with the conjugate.
     """
 
-    __slots__ = ("apply", "complex", "defaults", "inplace", "kind", "parameters")
+    __slots__ = ("apply", "complex", "defaults", "inplace", "keywords", "kind", "parameters")
 
     def __init__(
         self,
         apply: Callable[..., Any],
         signature: Callable[..., Any] | None,
         kind: str,
-        complex: bool = True,
+        complex: bool | None = None,
     ):
         self.apply = apply
         self.kind = kind
-        self.complex = complex
+        self.complex = kind not in ("rule", "fused") if complex is None else complex
         self.parameters: tuple[str, ...] = ()
         self.defaults: tuple[Any, ...] = ()
+        self.keywords = False  # takes any, and needs none of them
         if signature is not None:
             found = list(inspect.signature(signature).parameters.values())
+            self.keywords = any(p.kind is p.VAR_KEYWORD for p in found)
             named = [p for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
             if any(p.kind is p.VAR_POSITIONAL for p in found):
                 named = []  # by position only
@@ -66,6 +70,8 @@ class Rule:
         if self.parameters and len(args) > len(self.parameters):
             return None
         bound = list(args)
+        if self.keywords:
+            return bound
         if not kwargs:
             return bound + list(self.defaults[len(args) :])
         rest = dict(kwargs)
@@ -159,11 +165,11 @@ def linear_in_first(*targets: Callable[..., Any] | str) -> None:
             RULES[function] = Rule(function, None, "linear")
 
 
-def constant(*targets: Callable[..., Any] | str) -> None:
+def constant(*targets: Callable[..., Any] | str, complex: bool = True) -> None:
     """Functions whose derivative is zero wherever it exists; their result has no tangent."""
     for target in targets:
         for function in functions(target) if isinstance(target, str) else [target]:
-            RULES[function] = Rule(function, None, "constant")
+            RULES[function] = Rule(function, None, "constant", complex)
 
 
 def metadata(*targets: Callable[..., Any] | str) -> None:

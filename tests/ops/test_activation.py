@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from isa import assert_same_bits
 from torch import Tensor
-from truth import TOLERANCE, torch_jvp, units
+from truth import TOLERANCE, rounding, torch_jvp, units
 
 from tangentfast.ops.activation import activation_jvp
 from tangentfast.ops.backend import load_native
@@ -100,7 +100,8 @@ def test_truth(
 
 
 def assert_close(got: Tensor, theirs: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """No farther from the truth than 1.25 × torch, and a few roundings."""
+    """No farther from the truth than 1.25 × torch, and 6 roundings: one of the result, and those of
+    the factors, sums and polynomials of f', where torch on some CPU happens to be exact."""
     assert (got.dtype, got.shape, got.requires_grad) == (dtype, want.shape, False)
     bar = 1.25 * units(theirs, want, dtype) + 6
     assert units(got, want, dtype) <= min(bar, TOLERANCE.get(dtype, bar))
@@ -110,7 +111,7 @@ def assert_close(got: Tensor, theirs: Tensor, want: Tensor, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_out(kind: str, dtype: torch.dtype, backend: str) -> None:
-    """Saturation, infinities and NaN as in torch."""
+    """Saturation against float64; infinities against the mathematics; NaN stays."""
     far = [-30000.0, -100.0, -20.0, -5.5, -0.0, 0.0, 5.5, 20.0, 100.0, 30000.0]
     x = torch.tensor(far, dtype=dtype)
     y, (dy,) = run(kind, (x,), [(torch.ones_like(x),)], backend)
@@ -121,8 +122,12 @@ def test_far_out(kind: str, dtype: torch.dtype, backend: str) -> None:
     assert torch.all((dy.double() - dwant).abs() <= 8 * eps * (dwant.abs() + 1))
     x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
     y, _ = run(kind, (x,), [], backend)
-    assert torch.equal(y.isnan(), KINDS[kind](x).isnan())
-    assert y[0] == KINDS[kind](x)[0]
+    assert y[2].isnan()
+    if backend == "reference":  # torch's own function, whose GELU of ∞ is NaN on some CPUs
+        assert torch.equal(y.nan_to_num(7.0), KINDS[kind](x).nan_to_num(7.0))
+        return
+    assert y[0] == (1 if kind == "sigmoid" else torch.inf)
+    assert y[1] == 0 or (kind != "sigmoid" and y[1].isnan())  # the limit, or −∞ · 0 as IEEE has it
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,12 +152,12 @@ def test_layouts(backend: str) -> None:
     changes = (lambda t: t, spread, lambda t: t.transpose(0, 2).contiguous().transpose(0, 2))
     for change in changes:
         for a, b in zip(outcome(change), want, strict=True):
-            assert units(a, b) <= (0 if backend == "native" else 2)
+            assert units(a, b) <= (0 if backend == "native" else rounding(1))
     row = halves[0][:1, :1]
     y, (dy,) = run("gelu", (row.expand(4, 6, 10),), [(row.expand(4, 6, 10),)], backend)
     alone, (dalone,) = run("gelu", (row,), [(row,)], backend)
-    assert units(y, alone.expand_as(y)) <= 1
-    assert units(dy, dalone.expand_as(y)) <= 1  # type: ignore[union-attr]
+    assert units(y, alone.expand_as(y)) <= rounding(1)
+    assert units(dy, dalone.expand_as(y)) <= rounding(1)  # type: ignore[union-attr]
     for shape in ((0,), (0, 3), (3, 0), ()):
         x = torch.ones(shape)
         y, (dy,) = run("gelu", (x,), [(x,)], backend)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from truth import units
+from truth import TOLERANCE, rounding, units
 
 from tangentfast.ops.attention import attention_jvp
 from tangentfast.ops.backend import load_native
@@ -95,7 +95,8 @@ def test_native(size: tuple[Any, ...], dtype: torch.dtype) -> None:
     call = Call(size, dtype)
     truth = call.exact()
     theirs = call.results("reference")
-    slack = 32 if dtype == torch.float64 else 2  # the truth has the same precision
+    # The truth of float64 has the same precision: scores, the softmax and the values of 300 keys.
+    slack = rounding(300, sums=3) if dtype == torch.float64 else 2
     for ours, plain, exact in zip(call.results("native"), theirs, truth, strict=True):
         assert ours.dtype == dtype
         assert units(ours, exact, dtype) <= 1.25 * units(plain, exact, dtype) + slack
@@ -111,7 +112,7 @@ def test_reference_is_torch_func_jvp() -> None:
     primals = (*(x.detach() for x in call.operands), call.mask)
     y, dy = torch.func.jvp(plain, primals, call.rows[0])
     o, dos = call("reference")
-    assert units([o, dos[0]], [y, dy]) <= 100
+    assert units([o, dos[0]], [y, dy]) <= TOLERANCE[torch.float64]
 
 
 @native_only
@@ -138,10 +139,12 @@ def test_mask_with_gradient(backend: str) -> None:
     rows = [(None, None, None, dbias)]
     o, (do,) = attention_jvp(q, k, v, bias, 0.0, False, None, False, rows, backend)
     want = torch.func.jvp(lambda b: (q @ k.mT / 2 + b).softmax(-1) @ v, (bias.detach(),), (dbias,))
-    assert units([o, do], want) <= 100
+    assert units([o, do], want) <= TOLERANCE[torch.float64]
     weight = torch.randn_like(o)
     (grad,) = torch.autograd.grad(o, bias, weight)
-    assert float((grad * dbias).sum()) == pytest.approx(float((weight * do).sum()))
+    adjoint = (grad * dbias).sum() - (weight * do).sum()
+    size = (grad * dbias).abs().sum() + (weight * do).abs().sum()
+    assert adjoint.abs() <= TOLERANCE[torch.float64] * torch.finfo(torch.float64).eps * size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,7 +157,7 @@ def test_three_dimensions_and_ragged_strides(backend: str) -> None:
         "reference",
     )  # fmt: skip
     assert o.shape == do.shape == (2, 9, 8)  # type: ignore[union-attr]
-    assert units([o, do], [dense[0], dense[1][0]]) <= 100
+    assert units([o, do], [dense[0], dense[1][0]]) <= TOLERANCE[torch.float64]
 
 
 @native_only

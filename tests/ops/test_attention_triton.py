@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from interpreter import INTERPRETED, imitate_bfloat16, run_interpreted
 from test_attention import CALLS, Call
 from torch import Tensor
-from truth import units
+from truth import CONTRACT, TOLERANCE, units
 
 pytest.importorskip("triton")
 
@@ -50,7 +50,7 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES + CALLS * GPU, ids=str)
 def test_truth(size: tuple[Any, ...], dtype: torch.dtype) -> None:
-    """16 bits: 1.25 times plain torch's error and one rounding; float32: 2e-6, gradients 2e-5."""
+    """16 bits: 1.25 times plain torch's error and one rounding; float32: what a model may have."""
     call = Call(size, dtype, DEVICE)
     truth = call.exact()
     theirs = call.results("reference")
@@ -58,7 +58,7 @@ def test_truth(size: tuple[Any, ...], dtype: torch.dtype) -> None:
         assert ours.dtype == dtype
         limit = 1.25 * units(theirs[i], truth[i], dtype) + 1
         if dtype == torch.float32:
-            limit = (2e-6 if i < 5 else 2e-5) / torch.finfo(dtype).eps
+            limit = CONTRACT[dtype][i >= 5] / torch.finfo(dtype).eps
         assert units(ours, truth[i], dtype) <= limit
 
 
@@ -76,10 +76,12 @@ def test_mask_with_gradient() -> None:
         q, k, v, bias, 0.0, False, None, False, [(None, None, None, dbias)], "triton"
     )
     want = torch.func.jvp(lambda b: (q @ k.mT / 2 + b).softmax(-1) @ v, (bias.detach(),), (dbias,))
-    assert units([o, do], want) <= 100
+    assert units([o, do], want) <= TOLERANCE[torch.float32]
     weight = torch.randn_like(o)
     (grad,) = torch.autograd.grad(o, bias, weight)
-    assert float((grad * dbias).sum()) == pytest.approx(float((weight * do).sum()), rel=1e-4)
+    adjoint = (grad * dbias).sum() - (weight * do).sum()
+    size = (grad * dbias).abs().sum() + (weight * do).abs().sum()
+    assert adjoint.abs() <= TOLERANCE[torch.float32] * torch.finfo(torch.float32).eps * size
 
 
 @runs
@@ -89,7 +91,7 @@ def test_three_dimensions_and_ragged_strides() -> None:
     o, (do,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, "triton")
     want, (dwant,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, "reference")
     assert o.shape == do.shape == (2, 9, 8)  # type: ignore[union-attr]
-    assert units([o, do], [want, dwant]) <= 100
+    assert units([o, do], [want, dwant]) <= TOLERANCE[torch.float32]
 
 
 @runs
@@ -107,7 +109,7 @@ def test_common_offset_of_scores() -> None:
 
     truth = run("reference", Tensor.double)
     ours, plain = run("triton", Tensor.clone), run("reference", Tensor.clone)
-    assert units(ours, truth, q.dtype) <= 1.25 * units(plain, truth, q.dtype)
+    assert units(ours, truth, q.dtype) <= 1.25 * units(plain, truth, q.dtype) + 1
 
 
 @runs

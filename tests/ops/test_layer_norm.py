@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from truth import TOLERANCE, torch_jvp, units
+from truth import TOLERANCE, rounding, torch_jvp, units
 
 from tangentfast.ops import layer_norm as ops
 from tangentfast.ops.backend import load_native
@@ -95,8 +95,11 @@ def test_truth(
             torch_y, torch_dy = torch_jvp(function, args, row)
             assert dy is not None
             assert (dy.dtype, dy.shape) == (dtype, x.shape)
-            if shape[-1] == 1:  # x̂ is 0 or ±1 and its tangent 0: what is left is rounding
-                assert (dy.double() - dwant).abs().max() <= 64 * torch.finfo(dtype).eps
+            if shape[-1] == 1:  # x̂ is 0 or ±1: of dx w / σ rounding is left
+                square = x.double() ** 2 * (norm == "rms_norm")
+                dx = 0 if row[0] is None else row[0].double()
+                moved = dx * (w.double() if has_w else 1) / (square + EPS).sqrt()
+                assert units(dy, dwant, dtype, [dwant, moved]) <= rounding(1)
                 continue
             for got, theirs, truth in ((y, torch_y, want), (dy, torch_dy, dwant)):
                 bar = 1.25 * units(theirs, truth, dtype) + 2
@@ -132,10 +135,12 @@ def test_residual(norm: str, k: int, dtype: torch.dtype, device: torch.device) -
         for a, b2 in zip(dss, dss2, strict=True):
             assert (a is None) == (b2 is None)
             assert a is None or torch.equal(a, b2)
-        assert units(y, y2, dtype) <= 8
+        # The reference rounds by half an eps after each of a dozen operations, a tangent's after
+        # twice as many; the kernel mostly at the end.
+        assert units(y, y2, dtype) <= 6
         for a, b2 in zip(dys, dys2, strict=True):
             assert (a is None) == (b2 is None)
-            assert a is None or units(a, b2, dtype) <= 16
+            assert a is None or units(a, b2, dtype) <= 12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,7 +153,8 @@ def test_large_mean(offset: float, backend: str, device: torch.device) -> None:
     want, dwant = torch_jvp(
         plain("layer_norm", w.shape), doubled([x, w, b]), doubled([dx, None, None])
     )
-    bar = 8 if backend == "native" else 1e5  # torch loses four digits
+    # torch may add the numbers up, which are 10,000 times their deviations; the kernel may not.
+    bar = rounding(768, sums=1) * (1 if backend == "native" else abs(offset))
     assert units(y, want) <= bar
     assert units(dy, dwant) <= bar
 
@@ -187,13 +193,13 @@ def test_layouts(norm: str, backend: str, device: torch.device) -> None:
         args = [change(t) for t in (x, w, b)]
         row = tuple(change(t) for t in (dx, dw, db))
         y, (dy,) = run(norm, args, w.shape, [row], backend)
-        assert units(y, straight[0]) <= (0 if backend == "native" else 2)
-        assert units(dy, straight[1][0]) <= (0 if backend == "native" else 2)
+        assert units(y, straight[0]) <= (0 if backend == "native" else rounding(10))
+        assert units(dy, straight[1][0]) <= (0 if backend == "native" else rounding(10))
     y, (dy,) = run(
         norm, [x[:, :1].expand_as(x), w, b], w.shape, [(dx[:, :1].expand_as(x), dw, db)], backend
     )
-    assert units(y[:, 0], straight[0][:, 0]) <= 2
-    assert units(dy[:, 3], straight[1][0][:, 0]) <= 2
+    assert units(y[:, 0], straight[0][:, 0]) <= rounding(10)
+    assert units(dy[:, 3], straight[1][0][:, 0]) <= rounding(10)
     if norm == "layer_norm":
         (s, _), (y, _) = ops.add_layer_norm_jvp(strided(x), strided(r), [10], w, b, EPS, [])
         assert torch.equal(s, x + r)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ from tangentfast.ops.attention import triton as attention
 from tangentfast.ops.linear import triton as linear
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
-# (operation, dtype, width of a head) -> the bytes a thread may spill there, and why.
+# What ptxas leaves in registers is a matter of its version, which comes with Triton. So the limits
+# hold for the Triton of the default environment, and of any other a warning says what it spills.
+CONSTRAINTS = Path(__file__).parents[2] / "constraints/default.txt"
+PINNED = re.findall(r"^triton==(\S+)", CONSTRAINTS.read_text(), re.M)
+# (operation, dtype, head's width or tile, capability) -> bytes a thread may spill there, and why.
 SPILLS = {
-    ("attention_jvp_kernel", torch.bfloat16, 256): (400, "no tile of so wide a head fits"),
-    ("attention_jvp_kernel", torch.float32, 128): (400, "nor here, in three parts of 11 bits"),
+    ("attention_jvp_kernel", torch.bfloat16, 256, 90): (400, "no tile of so wide a head fits"),
+    ("attention_jvp_kernel", torch.float32, 128, 90): (400, "nor here, in three parts of 11 bits"),
+    ("linear_jvp_kernel", torch.bfloat16, 1, 80): (3000, "3.8 takes 32 registers"),
 }
 
 
@@ -90,7 +96,12 @@ def check(kernels: list[Any], capability: int, dtype: torch.dtype, what: Any, fo
         print(f"{name} {dtype} {what} sm_{capability}: {registers} registers, {shared} bytes shared"
               f", {spilled} spilled")  # fmt: skip
         assert shared <= SHARED[capability]
-        assert spilled <= SPILLS.get((name, dtype, what), (0, ""))[0]
+        allowed, _ = SPILLS.get((name, dtype, what, capability), (0, ""))
+        if triton.__version__ in PINNED:
+            assert spilled <= allowed
+        elif spilled > allowed:
+            warnings.warn(f"{name} {dtype} {what} sm_{capability} spills {spilled} bytes under "
+                          f"Triton {triton.__version__}", stacklevel=2)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fixtures of the study's tests."""
+"""Fixtures of the study's tests, which need the study's own libraries (the extra `study`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("PIL")
 
 
 @pytest.fixture

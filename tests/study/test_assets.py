@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from truth import SUMS, rounding, units
 
 from tangentfast.study import assets
 from tangentfast.study.assets import AssetError, fetch_wheel
@@ -302,7 +303,8 @@ def test_real_weights_compute_what_the_graph_computes(cached_model: onnx.ModelPr
     start, end = "/backbone/embeddings/Add_output_0", "/backbone/layernorm/Add_1_output_0"
     evaluator = ReferenceEvaluator(between(cached_model, start, end))
     (got,) = evaluator.run(None, {start: tokens.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=5e-5)
+    # Twelve blocks, each of as many sums in a row as a rule may have, of 384 numbers.
+    assert units(torch.from_numpy(got), expected) <= rounding(384, sums=12 * SUMS)
 
 
 @pytest.mark.usefixtures("cached_model")

@@ -43,6 +43,7 @@ def checkpoint(tmp_path: Path, add_clip: Callable[[str, dict[str, Any]], None]) 
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_one_command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tangentfast import cli
 
