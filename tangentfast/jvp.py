@@ -95,7 +95,7 @@ def jvp(
                 kept.check_read(name)
         out = tree_map(lambda x: _checked(x, pass_), out)
         douts = [tree_map(lambda x, i=i: _tangent(x, i), out) for i in range(k)]  # type: ignore[misc]
-        out = tree_map(plain, out)
+        out = tree_map(plain if recording else _detached, out)
     finally:
         if kept is not None and pass_.sharers.alive():
             kept.restore()
@@ -115,6 +115,12 @@ def _checked(x: Tensor, pass_: Pass) -> Tensor:
             "detach its result."
         )
     return x
+
+
+def _detached(x: Tensor) -> Tensor:
+    """The primal without a graph: the forward may have made a tensor of its own require grad."""
+    primal: Tensor = plain(x)
+    return primal.detach() if primal.requires_grad else primal
 
 
 def _tangent(x: Tensor, k: int) -> Tensor:

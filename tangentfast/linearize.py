@@ -368,5 +368,6 @@ def _whole(tensor: Tensor) -> Tensor:
 def _linearized(x: Tensor, pass_: Pass) -> Tensor:
     if type(x) is Dual:
         (tangent,) = x.tangents
-        return x.primal if tangent is None else x.primal + tangent
+        y = x.primal if tangent is None else x.primal + tangent
+        return y if pass_.recording or not y.requires_grad else y.detach()
     return constant(x, pass_, "linearized model: an output") if x.requires_grad else x

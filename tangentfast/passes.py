@@ -35,7 +35,9 @@ class Anchors:
         """The pass in which a parameter is read now."""
         pass_ = current()
         if pass_ is not None:
-            return pass_ if pass_.anchors is self or pass_ is _REPLAY else None
+            if pass_ is REPLAY:
+                return STRICT_REPLAY
+            return pass_ if pass_.anchors is self else None
         if len(self.running) > 1:
             raise RuntimeError(
                 "a thread reads the parameters of a linearized model that runs on several other "
@@ -99,8 +101,10 @@ class Pass:
         return "a function outside any module"
 
 
-# A checkpointed block is run again inside backward: same operations on the primals, no tangents.
-_REPLAY = Pass(0, recording=True)
+# A checkpointed block is run again inside backward: the same operations on the primals, without
+# tangents, of a pass that was strict or of one that was not.
+REPLAY = Pass(0, recording=True)
+STRICT_REPLAY = Pass(0, strict=True, recording=True)
 _local = threading.local()
 
 
@@ -108,7 +112,7 @@ def current() -> Pass | None:
     """The pass that runs on this thread; the replay, which has no tangents, inside a backward."""
     running: Pass | None = getattr(_local, "running", None)
     if running is None and _torch.in_backward():
-        return _REPLAY
+        return REPLAY
     return running
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import tangentfast as tf
 from tangentfast.dual import Dual
@@ -131,6 +132,19 @@ class MadeToRequireGrad(Net):
         return super().forward(x + torch.zeros(4, dtype=x.dtype, requires_grad=True) * 2)
 
 
+@reader
+class LeafInACheckpoint(Net):
+    """T5's attention masks: a leaf that requires grad, there again when the block is recomputed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            mask = torch.zeros(4, dtype=x.dtype, requires_grad=True)
+            return F.linear(x + mask, self.a.weight * (1 + mask), self.a.bias)
+
+        h = torch.tanh(checkpoint(block, x, use_reentrant=False))
+        return self.b(h) + sum(c.square() for c in self.c)
+
+
 class Twice(nn.Module):
     """One module under two names, and a tied weight."""
 
@@ -226,7 +240,9 @@ def test_jvp(name: str, grad: bool) -> None:
     _, along_inputs = truth(plain, x, {}, dx)
     with torch.set_grad_enabled(grad):
         for _ in range(2):
-            close(tf.jvp(net, (x,), params=tau)[1], along_parameters)
+            y, dy = tf.jvp(net, (x,), params=tau)
+            close(dy, along_parameters)
+            assert y.requires_grad is grad
             close(tf.jvp(net, (x,), params=[tau, {}])[1][0], along_parameters)
             before.check()
         close(tf.jvp(net, (x,), tangents=(dx,))[1], along_inputs)
