@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 import tangentfast as tf
 from tangentfast import fallback
 
 torch.manual_seed(0)
 SQUARE = torch.randn(3, 3, dtype=torch.float64)
-CHUNKED = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=2)
 INDEX = torch.tensor([[0, 1, 0], [1, 1, 0]])
 SOURCE, WEIGHT = torch.randn(2, 3).double(), torch.randn(5, 3).double()
 
@@ -28,9 +26,6 @@ def differences(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 
 # torch.func.jvp is zero, or wrong, without an error; or has no forward derivative at all.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter_reduce prod": lambda x: x.scatter_reduce(0, INDEX, SOURCE, "prod"),
-    "linear_cross_entropy": lambda x: F.linear_cross_entropy(
-        x, WEIGHT, torch.tensor([0, 1, 2]), options=CHUNKED
-    ),
     "cdist": lambda x: torch.cdist(x, SOURCE),
     "cdist by the second": lambda x: torch.cdist(SOURCE, x),
     "pdist": F.pdist,
@@ -41,6 +36,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linalg.inv": torch.linalg.inv,
     "householder": lambda x: torch.linalg.householder_product(x, SQUARE[0].abs()),
 }
+
+
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    CHUNKED = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=2)
+    FUNCTIONS["linear_cross_entropy"] = lambda x: F.linear_cross_entropy(
+        x, WEIGHT, torch.tensor([0, 1, 2]), options=CHUNKED
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
