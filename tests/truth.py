@@ -10,8 +10,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -47,10 +49,38 @@ def differentiable_kernels() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), mock.patch.object(F, "grid_sample", plain_grid_sample):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+_grid_sample = F.grid_sample
+
+
+def plain_grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> Tensor:
+    """``F.grid_sample`` of images in plain operations, for the mode that models use."""
+    if input.dim() != 4 or mode != "bilinear" or padding_mode != "zeros" or align_corners:
+        return _grid_sample(input, grid, mode, padding_mode, align_corners)
+    n, _, height, width = input.shape
+    x = (grid[..., 0] + 1) * width / 2 - 0.5  # [N, H', W']
+    y = (grid[..., 1] + 1) * height / 2 - 0.5
+    left, top = x.detach().floor(), y.detach().floor()
+    image = torch.arange(n, device=input.device).view(n, 1, 1)
+    total: Any = 0
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        row, column = (top + i).long(), (left + j).long()
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        weight = (1 - (y - top - i).abs()) * (1 - (x - left - j).abs()) * inside
+        corner = input[image, :, row.clamp(0, height - 1), column.clamp(0, width - 1)]
+        total = total + weight.unsqueeze(-1) * corner  # [N, H', W', C]
+    return total.permute(0, 3, 1, 2)
 
 
 def floats(tree: Any) -> list[Tensor]:

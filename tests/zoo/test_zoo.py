@@ -125,7 +125,7 @@ def positional(
 
 def exactly(model: nn.Module) -> nn.Module:
     """A copy in float64, of plain operations alone: no checkpoints, no grouped products."""
-    exact = copy.deepcopy(model).double().eval()
+    exact = copy.deepcopy(model).double().eval().requires_grad_()  # some freeze their backbone
     for module in exact.modules():
         module._forward_hooks.clear()  # one makes embeddings require grad; torch.func refuses
     if hasattr(exact, "set_experts_implementation"):
@@ -236,8 +236,8 @@ def graph(
     plain = copy.deepcopy(specimen.made)
     want = floats(plain(*args, **kwargs))
     us = [torch.randn_like(y) for y in want]
-    found = gradients(floats(out), us, list(model.parameters()))
-    specimen.check_gradients(found, gradients(want, us, list(plain.parameters())))
+    ours, theirs = ([p for p in m.parameters() if p.requires_grad] for m in (model, plain))
+    specimen.check_gradients(gradients(floats(out), us, ours), gradients(want, us, theirs))
 
 
 def gradients(
