@@ -119,6 +119,8 @@ def _tried(call: Call, values: list[Any], active: list[int]) -> Derivative:
     xs, ys, places = _separate(call, values, active)
     if not places:
         return _constant(call, values, active, xs)
+    if any(y.layout is not torch.strided for y in ys):
+        raise Underivable("a sparse result cannot carry a tangent")
     us = [_random_like(y) for y in ys]
     reasons = []
     ws: list[Tensor] | None = None

@@ -185,14 +185,8 @@ class TaskVector(Mapping[str, Tensor]):
         The file appears complete or not at all: it is written beside `path` and then renamed.
 
         Raises:
-            TypeError: an entry is complex128, which the format has not.
+            TypeError: a dtype that the format has not (complex128; complex64 before its 0.6).
         """
-        for name, tensor in self.items():
-            if tensor.dtype == torch.complex128:
-                raise TypeError(
-                    f"save: {name!r} is complex128, which safetensors files cannot hold. Expected "
-                    "complex64 or real numbers: use to(torch.complex64) on it."
-                )
         first: dict[int, str] = {}
         aliases = {n: first[id(t)] for n, t in self.items() if first.setdefault(id(t), n) != n}
         own = {n: t for n, t in self.items() if n not in aliases}
@@ -219,7 +213,13 @@ class TaskVector(Mapping[str, Tensor]):
         try:
             part.touch()
             mode = part.stat().st_mode  # what the user's umask says; safetensors makes it 0600
-            save_file(tensors, part, metadata=header)
+            try:
+                save_file(tensors, part, metadata=header)
+            except KeyError as error:
+                raise TypeError(
+                    f"save: safetensors {metadata.version('safetensors')} cannot hold {error}. "
+                    "Expected another dtype: convert the entries that have it."
+                ) from error
             part.chmod(mode)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -26,9 +26,6 @@ def differences(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 
 # torch.func.jvp is zero, or wrong, without an error; or has no forward derivative at all.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter_reduce prod": lambda x: x.scatter_reduce(0, INDEX, SOURCE, "prod"),
-    "cdist": lambda x: torch.cdist(x, SOURCE),
-    "cdist by the second": lambda x: torch.cdist(SOURCE, x),
-    "pdist": F.pdist,
     "index_reduce": lambda x: SQUARE.index_reduce(0, torch.tensor([0, 2, 0]), x, "amax"),
     "soft_margin_loss": lambda x: F.soft_margin_loss(x, SQUARE.sign()),
     "multilabel_soft_margin": lambda x: F.multilabel_soft_margin_loss(x, SQUARE.sign()),
@@ -38,6 +35,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+if torch.__version__ >= "2.11":  # older ones can differentiate distances once
+    FUNCTIONS["cdist"] = lambda x: torch.cdist(x, SOURCE)
+    FUNCTIONS["cdist by the second"] = lambda x: torch.cdist(SOURCE, x)
+    FUNCTIONS["pdist"] = F.pdist
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
     from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 

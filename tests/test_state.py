@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from case import on
 from cases import C, Call, Case, R, Table, each, positive
 from checks import Function, calls, check_complete, of_kind
 from torch import Tensor
@@ -53,7 +54,8 @@ if hasattr(Tensor, "has_names"):  # newer torch has no named tensors
 
 FORBIDDEN: Table = {
     **each("item numpy __bool__ __float__ __int__ __index__ __complex__ is_nonzero __array__ "
-           "tolist backward", [C(R())]),
+           "tolist", [C(R())]),
+    "backward": [on(Tensor, C(R())), on(torch.autograd, C(R()), since="2.11")],
     "__contains__": [C(R(3, 4), 0.5)], "grad": [C(R(), R())],
     "__reduce_ex__": [C(R(3, 4), 2)],
     "Tensor.data": [C(R(3, 4), torch.zeros(3, 4))],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Refused(NamedTuple):
     """Which forms of an operation are refused (for some arguments at least), and why."""
@@ -12,6 +14,7 @@ class Refused(NamedTuple):
     forms: tuple[str, ...] = ("function",)
 
 
+SINCE = "2.11"  # torch's backward of distances can be differentiated since then
 SHAPE = "changes what a tensor is, not what it holds"
 GAUGE = "singular vectors of complex matrices have no derivative: their phase is arbitrary"
 HERMITIAN = "torch's backward of it is inexact where a complex diagonal is not real"
@@ -45,6 +48,10 @@ REFUSED: dict[str, Refused] = {
     "triangular_solve": Refused("torch's backward of it is inexact for complex numbers", BOTH),
     "logcumsumexp": Refused("torch's derivative of it is NaN for large complex numbers", BOTH),
 }
+
+if torch.__version__ < SINCE:
+    NOT_TWICE = "torch can differentiate it once"
+    REFUSED |= dict.fromkeys(("cdist", "nn_functional_pdist"), Refused(NOT_TWICE))
 
 # Operations that torch itself cannot differentiate on a CPU, or not compare.
 UNTESTED = {

@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 from derivatives import by_differences, close, derivative, directions, distance, numbers
-from refused import REFUSED, UNTESTED
+from refused import REFUSED, SINCE, UNTESTED
 from samples import Form, Function, Sample, constants, forms, operations, samples
 from torch import Tensor
 
@@ -140,6 +140,8 @@ def test_layout(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     """Every entry of the list is refused; what no longer is leaves it."""
+    if not any((name, kind) in OPERATIONS for kind in DTYPES):
+        pytest.skip("this torch does not know it")
     count = dict.fromkeys(REFUSED[name].forms, 0)
     for kind in DTYPES:
         for form in forms(OPERATIONS[name, kind]) if (name, kind) in OPERATIONS else []:
@@ -149,7 +151,7 @@ def test_refused(name: str) -> None:
 
 
 def test_few_are_refused() -> None:
-    assert len(REFUSED) <= 25
+    assert len(REFUSED) <= (25 if torch.__version__ >= SINCE else 27)
 
 
 @pytest.mark.parametrize("sample", constants(torch.float64), ids=lambda s: s.op.formatted_name)
