@@ -25,9 +25,8 @@ forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 in_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def transforms() -> int:
-    """How many torch.func transforms this thread is inside of."""
-    return torch._C._functorch.maybe_current_level() or 0 if in_transform() else 0
+# Whether an op has a kernel for a key of the dispatcher: ("aten::relu", "CPU").
+has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
 def in_backward() -> bool:

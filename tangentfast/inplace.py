@@ -217,7 +217,7 @@ def lower(handle: Any) -> None:
     """Undo `_upgrade`: the object that the caller holds is plain again, with what was written."""
     primal = handle.primal
     handle.owner.sharers.clear()  # its pass is over; torch swaps no tensor that is referred to
-    if primal._is_view():
+    if base(primal) is not primal:
         handle.__class__ = Tensor
         handle.__dict__.clear()
     else:

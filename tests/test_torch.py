@@ -30,12 +30,7 @@ class Sub(Tensor):
 
 def test_nothing_else_touches_private_names() -> None:
     """Beside the namespaces of functions that rules and ops register for."""
-    allowed = {
-        "_C._nn",
-        "_C._VariableFunctions",
-        "_C.TensorBase",
-        "_C._dispatch_has_kernel_for_dispatch_key",
-    }
+    allowed = ("_C._nn", "_C.TensorBase")
     found = set()
     for file in PACKAGE.rglob("*.py"):
         if file.name == "_torch.py" or "study" in file.parts:
@@ -84,6 +79,11 @@ def test_transforms() -> None:
     assert not _torch.in_forward_ad()
     with forward_ad.dual_level():
         assert _torch.in_forward_ad()
+
+
+def test_has_kernel() -> None:
+    assert _torch.has_kernel("aten::relu", "CPU")
+    assert not _torch.has_kernel("aten::relu", "FPGA")
 
 
 def test_in_backward() -> None:

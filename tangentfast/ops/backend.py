@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tangentfast._torch import in_forward_ad, in_transform
+from tangentfast._torch import has_kernel, in_forward_ad, in_transform
 
 BACKENDS = ("native", "triton", "reference")
 TRITON_OPS = ("attention_jvp", "products")
@@ -46,7 +46,7 @@ def native_problem(op: str, device: torch.device) -> str:
     module, why = load_native()
     if module is None:
         return why
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"tangentfast::{op}", device.type.upper()):
+    if has_kernel(f"tangentfast::{op}", device.type.upper()):
         return ""
     if device.type == "cuda" and not module.cuda:
         return "tangentfast._C was built without CUDA kernels (TANGENTFAST_CUDA in setup.py)"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tangentfast._torch import version
+from tangentfast._torch import base, version
 from tangentfast.passes import current
 
 
@@ -25,7 +25,7 @@ def narrow(x: Any, dtype: torch.dtype | None) -> Any:
     """x in `dtype`, with its graph; as it is where autocast leaves it alone (float64, integers)."""
     if dtype is None or x is None or x.dtype in (dtype, torch.float64) or not x.is_floating_point():
         return x
-    source = x._base if x._is_view() else x  # θ0 is read through an alias that leads to τ
+    source = base(x)  # θ0 is read through an alias that leads to τ
     pass_ = current()
     if (
         pass_ is None

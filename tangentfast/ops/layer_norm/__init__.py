@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tangentfast._torch import has_kernel
 from tangentfast.ops.backend import choose, in_rows, load_native, native_dtypes, ordinary
 from tangentfast.ops.layer_norm import reference
 from tangentfast.ops.layer_norm.reference import Row, Sums
@@ -151,9 +152,7 @@ def _native(
 
 def _autocasts(kind: str) -> bool:
     """Whether autocast changes the types inside a norm on this kind of device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "aten::layer_norm", f"Autocast{kind.upper()}"
-    )
+    return has_kernel("aten::layer_norm", f"Autocast{kind.upper()}")
 
 
 def _flat(tangents: Sequence[Row]) -> list[Tensor | None]:
