@@ -42,7 +42,7 @@ class _Arguments:
         if isinstance(x, Tensor):
             self.complex |= x.is_complex()
             if self.pass_.strict and x.requires_grad:
-                return constant(x, self.pass_, f"{name_of(self.func)} in {self.pass_.where()}")
+                return constant(x, self.pass_, name_of(self.func))
         elif isinstance(x, (tuple, list)) and not all(type(e) in _CONSTANTS for e in x):
             return rebuild(x, [self.primal(e) for e in x])
         return x
@@ -92,6 +92,8 @@ def _present(row: Sequence[Any]) -> bool:
 def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:
     """A plain tensor that requires grad in a strict pass, cut off: it must depend on no tangent.
 
+    `what` names the function that got it, or the output that it is once the forward has ended.
+
     Raises:
         RuntimeError: it was computed from one past the rules.
     """
@@ -99,19 +101,21 @@ def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:
         owner = None
         if type(leaf) is not Dual and pass_.root is not None and pass_.anchors is not None:
             owner = _owner(pass_.root, leaf)
+        if owner is None and not lost(leaf, pass_):
+            continue
+        where = f" in {pass_.where()}" if pass_.active else ""
         if owner is not None and not hasattr(owner._parameters, "taus"):
             raise RuntimeError(
-                f"{what} met a parameter of {type(owner).__name__} that requires grad and has no "
-                "τ. Expected the modules that were linearized: linearize again after replacing "
-                "one, or freeze it."
+                f"{what}{where} met a parameter of {type(owner).__name__} that requires grad and "
+                "has no τ. Expected the modules that were linearized: linearize again after "
+                "replacing one, or freeze it."
             )
-        if owner is not None or lost(leaf, pass_):
-            raise RuntimeError(
-                f"{what} got a tensor that depends on the trained parameters but has lost its "
-                "tangent. Expected every such tensor to be computed by torch functions in this "
-                "forward. A custom autograd.Function or a tensor kept from an earlier forward does "
-                "this: replace it by torch functions, or detach it."
-            )
+        raise RuntimeError(
+            f"{what}{where} got a tensor that depends on the trained parameters but has lost its "
+            "tangent. Expected every such tensor to be computed by torch functions in this "
+            "forward. A custom autograd.Function or a tensor kept from an earlier forward does "
+            "this: replace it by torch functions, or detach it."
+        )
     return x.detach()
 
 

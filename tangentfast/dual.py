@@ -62,7 +62,8 @@ class Dual(Tensor):
         return self.primal.grad_fn if self.parameter is None else None
 
     @property
-    def _is_param(self) -> bool:  # type: ignore[override]  # what isinstance(x, nn.Parameter) asks of a subclass of Tensor
+    def _is_param(self) -> bool:  # type: ignore[override]
+        """What isinstance(x, nn.Parameter) asks of a subclass of Tensor."""
         return self.parameter is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

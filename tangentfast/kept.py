@@ -18,7 +18,6 @@ from tangentfast.dual import Dual
 from tangentfast.trees import tensors
 
 INTERNAL = set(nn.Module().__dict__)  # what every module has
-_MISSING = object()
 
 
 class Kept:
@@ -40,20 +39,19 @@ class Kept:
         for module, attributes, containers, buffers in self._before:
             for name, value in list(module._buffers.items()):
                 if type(value) is Dual:
-                    self._put(module._buffers, name, value, buffers)
+                    self._put(module._buffers, name, buffers)
             for name, value in list(module.__dict__.items()):
                 if name in INTERNAL or not any(type(x) is Dual for x in tensors(value)):
                     continue
-                old = containers.get(name, _MISSING)
-                if old is _MISSING or attributes[name] is not value:
-                    self._put(module.__dict__, name, value, attributes)
+                if name not in containers or attributes[name] is not value:
+                    self._put(module.__dict__, name, attributes)
                 elif isinstance(value, list):
                     value[:] = containers[name]
                 else:
                     value.clear()
-                    value.update(old)
+                    value.update(containers[name])
 
-    def _put(self, into: dict[str, Any], name: str, value: Any, before: dict[str, Any]) -> None:
+    def _put(self, into: dict[str, Any], name: str, before: dict[str, Any]) -> None:
         if name not in before:
             del into[name]
             return

@@ -24,11 +24,7 @@ class Anchors:
     def __init__(self) -> None:
         self.running: list[Pass] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Anchors:
-        memo[id(self)] = copied = Anchors()
-        return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy runs nowhere yet
         return Anchors, ()
 
     def pass_of_this_thread(self) -> Pass | None:
@@ -135,15 +131,15 @@ def running(pass_: Pass) -> Iterator[Pass]:
             "a linearized model or tangentfast.jvp was called inside another one; "
             "expected one pass at a time. Linearize the outer model only."
         )
-    running = [] if pass_.anchors is None else pass_.anchors.running
+    siblings = [] if pass_.anchors is None else pass_.anchors.running
     _local.running = pass_
     pass_.active = True
-    running.append(pass_)
+    siblings.append(pass_)
     try:
         with torch.inference_mode(False), torch.enable_grad(), _plain_kernels():
             yield pass_
     finally:
-        running.remove(pass_)
+        siblings.remove(pass_)
         pass_.active = False
         _local.running = None
 

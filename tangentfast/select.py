@@ -64,12 +64,6 @@ def select(model: nn.Module, params: Selection) -> list[str]:
         chosen = {n for n, p in named.items() if _has_derivative(p)}
     elif params == "attention":
         chosen = _attention(model)
-        if not chosen:
-            raise ValueError(
-                'params="attention": no attention module was recognised in '
-                f"{type(model).__name__}. Name the weights by globs instead, such as "
-                'params=["*.attn.*.weight"].'
-            )
     elif callable(params):
         chosen = {n for n, p in named.items() if params(n, p)}
     elif isinstance(params, Iterable):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tangentfast.rules.linear import product_rule
 from tangentfast.rules.registry import Jvp, add, evaluate, fused, linear_in_first, rule
 
 _transforms = [
@@ -91,12 +92,8 @@ def stft(
             return_complex, **newer,
         )  # fmt: skip
 
-    def jvp(dx: Tensor | None, *rest: Tensor | None) -> Tensor | None:
-        dwindow = rest[3]
-        return add(
-            None if dx is None else product(dx, window),
-            None if dwindow is None else product(input, dwindow),
-        )
+    def jvp(dx: Tensor | None, *rest: Tensor | None) -> Any:
+        return product_rule(product, (input, window), (dx, rest[3]))
 
     return product(input, window), jvp
 

@@ -24,7 +24,7 @@ def _accumulate(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total.add_(term)
 
 
-def _product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Sequence[Any]) -> Any:
+def product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Sequence[Any]) -> Any:
     """sum_i f(tensors with the i-th replaced by its tangent), the sum accumulated in one buffer."""
     total = None
     for i, tangent in enumerate(tangents):
@@ -44,7 +44,7 @@ def _bilinear(function: Callable[..., Any]) -> None:
             input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
 
         def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
-            return _product_rule(function, (input, other), (dx, dother))
+            return product_rule(function, (input, other), (dx, dother))
 
         return function(input, other), jvp
 
@@ -72,7 +72,7 @@ def bilinear(
     input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Jvp]:
     def jvp(da: Any, db: Any, dweight: Any, dbias: Any) -> Any:
-        return add(_product_rule(F.bilinear, (input1, input2, weight), (da, db, dweight)), dbias)
+        return add(product_rule(F.bilinear, (input1, input2, weight), (da, db, dweight)), dbias)
 
     return F.bilinear(input1, input2, weight, bias), jvp
 
@@ -83,7 +83,7 @@ def _added(function: Callable[..., Any], product: Callable[..., Any]) -> None:
         input: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
     ) -> tuple[Tensor, Jvp]:
         def jvp(dinput: Any, da: Any, db: Any, *_: None) -> Any:
-            dy = _product_rule(product, (a, b), (da, db))
+            dy = product_rule(product, (a, b), (da, db))
             dy = dy if dy is None or alpha == 1 else alpha * dy
             return add(dy, dinput if dinput is None or beta == 1 else beta * dinput)
 
@@ -110,7 +110,7 @@ def einsum(equation: Any, *operands: Any) -> tuple[Tensor, Jvp]:
 
     def jvp(_: None, *tangents: Any) -> Any:
         rows = tangents[0] if isinstance(tangents[0], list) else tangents
-        return _product_rule(lambda *ts: torch.einsum(equation, *ts), tensors, rows)
+        return product_rule(lambda *ts: torch.einsum(equation, *ts), tensors, rows)
 
     return torch.einsum(equation, *tensors), jvp
 
@@ -120,7 +120,7 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> tuple[Tensor, Jvp]:
     def product(x: Tensor, y: Tensor) -> Tensor:
         return torch.tensordot(x, y, dims)
 
-    return product(a, b), lambda da, db, _: _product_rule(product, (a, b), (da, db))
+    return product(a, b), lambda da, db, _: product_rule(product, (a, b), (da, db))
 
 
 def _convolution_jvp(
@@ -133,7 +133,7 @@ def _convolution_jvp(
         if dw is not None and db is not None:  # the bias costs no pass of its own
             dy = product(x, dw, db)
             return dy if dx is None else _accumulate(dy, product(dx, w))
-        dy = _product_rule(product, (x, w), (dx, dw))
+        dy = product_rule(product, (x, w), (dx, dw))
         return add(dy, None if db is None else db.view(-1, *[1] * (w.dim() - 2)))
 
     return product(x, w, b), evaluate(jvp, tangents)
@@ -224,7 +224,7 @@ def embedding_bag(
     def jvp(_: None, dweight: Tensor | None, *rest: Tensor | None) -> Any:
         if mode == "max":
             return largest(dweight)  # type: ignore[arg-type]
-        return _product_rule(bags, (weight, per_sample_weights), (dweight, rest[6]))
+        return product_rule(bags, (weight, per_sample_weights), (dweight, rest[6]))
 
     return bags(weight, per_sample_weights), jvp
 
@@ -254,7 +254,7 @@ def _grouped(function: Callable[..., Any]) -> None:
 
         def jvp(da: Tensor | None, db: Tensor | None, *_: None) -> Any:
             tangents = [_as_laid_out(da, mat_a), _as_laid_out(db, mat_b)]
-            return _product_rule(product, (mat_a, mat_b), tangents)
+            return product_rule(product, (mat_a, mat_b), tangents)
 
         return product(mat_a, mat_b), jvp
 
