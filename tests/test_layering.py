@@ -22,6 +22,7 @@ LAYERS = [
     ["passes"],
     ["inplace", "graph", "trees"],
     ["ops"],
+    ["memory"],
     ["_torch"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -38,10 +38,10 @@ void check_spans(int64_t numel, int head, int width, int64_t chunk) {
 void check_merge_tables(const std::vector<MergeItem>& items) {
   const auto table = std::make_unique<MergeTable>();
   std::map<void*, int> seen;
-  for (const bool wide : {false, true}) {
+  for (const Sum sum : {Sum::f32, Sum::f64, Sum::twice}) {
     for (size_t next = 0; next < items.size();) {
       const size_t before = next;
-      next = pack_merge(items.data(), items.size(), next, wide, *table);
+      next = pack_merge(items.data(), items.size(), next, sum, *table);
       CHECK(next > before, "pack_merge stands still at %zu", before);
       CHECK(table->entries <= MergeTable::kEntries && table->terms <= MergeTable::kTerms,
             "a table of %d entries and %d terms", table->entries, table->terms);
@@ -56,7 +56,7 @@ void check_merge_tables(const std::vector<MergeItem>& items) {
           CHECK(found == e, "chunk %lld is of entry %d, not %d", (long long)at, e, found);
         }
         const auto& item = items[reinterpret_cast<uintptr_t>(entry.base) >> 44];
-        CHECK(entry.numel == item.numel && entry.count == item.count && item.wide == wide,
+        CHECK(entry.numel == item.numel && entry.count == item.count && item.sum == sum,
               "entry %d is not its item", e);
         const uintptr_t base = reinterpret_cast<uintptr_t>(entry.base);
         CHECK((base + entry.head * size_of(entry.type)) % (entry.width * size_of(entry.type)) == 0,
@@ -147,15 +147,14 @@ int main() {
           return address((uintptr_t{i} << 44) + ((k + 1) << 36) + (i / 3 + k * (i % 2)) % 16 *
                                                                     size_of(type));
         };
-        bool wide = false;
         for (int k = 0; k < count; ++k) {
           const Type type = types[(i % 5 ? i : i + k) % 4];
           terms[i].push_back({at(type, k + 1), type, 0.5 * k});
-          wide |= type == Type::f64;
         }
         const Type type = types[i / 7 % 4];
         const int64_t numel = i % 11 == 10 ? huge : int64_t(i * i % 40000);
-        items.push_back({at(type, 0), type, wide || type == Type::f64, numel, terms[i].data(), count});
+        items.push_back({at(type, 0), type, sum_of(type, terms[i].data(), count), numel,
+                         terms[i].data(), count, 0, nullptr, nullptr});
       }
       check_merge_tables(items);
     }

@@ -16,10 +16,23 @@ void merge_cuda(at::TensorList bases, at::TensorList vectors, at::IntArrayRef co
                       " vectors, expected at most ", MergeTable::kTerms,
                       " on a GPU; merge them in groups");
   }
-  const MergePlan plan = plan_merge(bases, vectors, counts, alphas, context.device());
+  check_merge(bases, vectors, counts, alphas, context.device());
+  // The kernel reads what lies in one order: copies stand in for the rest.
+  std::vector<at::Tensor> targets, sources;
+  for (size_t i = 0, k = 0; i < bases.size(); ++i) {
+    targets.push_back(dense(bases[i]));
+    for (const size_t end = k + counts[i]; k < end; ++k) {
+      sources.push_back(laid_out_as(vectors[k], targets[i]));
+    }
+  }
+  const Occupied apart("merge_", bases);
+  const MergePlan plan = plan_merge(targets, sources, counts, alphas, context.device());
   merge_launch(plan.items, context.stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  finish_merge(bases, plan);
+  bump_versions(plan);
+  for (size_t i = 0; i < bases.size(); ++i) {
+    if (counts[i] && !targets[i].is_same(bases[i])) bases[i].copy_(targets[i]);
+  }
 }
 
 at::Tensor gram_cuda(at::TensorList tensors, at::IntArrayRef counts, at::IntArrayRef owners,

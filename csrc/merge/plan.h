@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/Functions.h>
+#include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -40,6 +42,10 @@ inline void check_merge(at::TensorList bases, at::TensorList vectors, at::IntArr
                     " entries, expected one per vector, ", vectors.size());
   for (size_t i = 0, k = 0; i < bases.size(); ++i) {
     check_tensor(op, indexed("bases", i), bases[i], device);
+    TORCH_CHECK(!bases[i].is_inference() || c10::InferenceMode::is_enabled(), op, ": ",
+                indexed("bases", i),
+                " was made in inference mode and may be written there alone; merge into a clone() or "
+                "under torch.inference_mode()");
     for (const size_t end = k + counts[i]; k < end; ++k) {
       check_tensor(op, indexed("vectors", k), vectors[k], device);
       check_same_shape(op, indexed("vectors", k), vectors[k], indexed("bases", i), bases[i]);
@@ -50,47 +56,91 @@ inline void check_merge(at::TensorList bases, at::TensorList vectors, at::IntArr
 struct MergePlan {
   std::vector<MergeItem> items;
   std::vector<Term> terms;  // items point into it
-  std::vector<at::Tensor> targets, sources;
-  std::vector<size_t> written;  // the base of each item
+  std::vector<std::vector<int64_t>> layouts;  // and into these
+  std::vector<at::Tensor> sources;
+  std::vector<at::Tensor> written;  // the base of each item
 };
 
-// Everything is checked and allocated before the first write, and only for what is not laid out
-// plainly.
+// The dimensions of an item, those of the base's longest steps first and as few as they can be: its
+// sizes [dims], then the strides [1 + count][dims]. Empty where all lies in one order without gaps.
+inline std::vector<int64_t> layout_of(const at::Tensor& base, const at::Tensor* terms,
+                                      int64_t count) {
+  bool alike = base.is_non_overlapping_and_dense();
+  for (int64_t k = 0; alike && k < count; ++k) alike = same_strides(terms[k], base);
+  if (alike) return {};
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < base.dim(); ++d) {
+    if (base.size(d) > 1) order.push_back(d);
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return base.stride(a) > base.stride(b); });
+  const auto stride = [&](int64_t k, int64_t d) {
+    return k == 0 ? base.stride(d) : terms[k - 1].stride(d);
+  };
+  std::vector<std::vector<int64_t>> groups;  // of dimensions that are one long one in all tensors
+  for (const int64_t d : order) {
+    bool joined = !groups.empty();
+    for (int64_t k = 0; joined && k <= count; ++k) {
+      joined = stride(k, groups.back().back()) == stride(k, d) * base.size(d);
+    }
+    if (!joined) groups.emplace_back();
+    groups.back().push_back(d);
+  }
+  std::vector<int64_t> layout;
+  for (const auto& group : groups) {
+    layout.push_back(1);
+    for (const int64_t d : group) layout.back() *= base.size(d);
+  }
+  for (int64_t k = 0; k <= count; ++k) {
+    for (const auto& group : groups) layout.push_back(stride(k, group.back()));
+  }
+  return layout;
+}
+
+// Everything is checked and allocated before the first write. A copy is made of a vector alone that
+// shares memory with a base, its own or another's: it would be read after it was written.
 inline MergePlan plan_merge(at::TensorList bases, at::TensorList vectors, at::IntArrayRef counts,
                             at::ArrayRef<double> alphas, at::Device device) {
   check_merge(bases, vectors, counts, alphas, device);
-  const std::vector<Extent> extents = check_disjoint("merge_", bases);
+  const Occupied occupied("merge_", bases);
   MergePlan plan;
   plan.terms.reserve(vectors.size());
+  plan.sources.reserve(vectors.size());
   for (size_t i = 0, k = 0; i < bases.size(); ++i) {
-    if (counts[i] == 0) continue;
-    const at::Tensor target = dense(bases[i]);
-    MergeItem item{target.mutable_data_ptr(), type_of(target), target.scalar_type() == at::kDouble,
-                   target.numel(), plan.terms.data() + plan.terms.size(), counts[i]};
-    for (const size_t end = k + counts[i]; k < end; ++k) {
-      at::Tensor source = laid_out_as(vectors[k], target);
-      // Memory of a base, its own or another's, would be read after it was written.
-      if (meets(source, extents)) source = source.clone();
-      item.wide |= source.scalar_type() == at::kDouble;
-      plan.terms.push_back({source.const_data_ptr(), type_of(source), alphas[k]});
-      plan.sources.push_back(std::move(source));
+    if (counts[i] == 0 || bases[i].numel() == 0) {
+      k += counts[i];
+      continue;
     }
-    plan.targets.push_back(target);
-    plan.written.push_back(i);
+    const at::Tensor& base = bases[i];
+    const size_t first = plan.terms.size();
+    for (const size_t end = k + counts[i]; k < end; ++k) {
+      const at::Tensor& vector = vectors[k];
+      plan.sources.push_back(occupied.meets(vector) ? vector.clone() : vector);
+      // A flag says that the numbers in memory have the other sign.
+      const bool negated = plan.sources.back().is_neg() != base.is_neg();
+      plan.terms.push_back({plan.sources.back().const_data_ptr(), type_of(vector),
+                            negated ? -alphas[k] : alphas[k]});
+    }
+    const Term* const terms = plan.terms.data() + first;
+    MergeItem item{base.mutable_data_ptr(), type_of(base), sum_of(type_of(base), terms, counts[i]),
+                   base.numel(), terms, counts[i], 0, nullptr, nullptr};
+    auto layout = layout_of(base, plan.sources.data() + first, counts[i]);
+    if (!layout.empty()) {
+      item.dims = static_cast<int64_t>(layout.size()) / (2 + counts[i]);
+      item.sizes = layout.data();
+      item.strides = layout.data() + item.dims;
+      plan.layouts.push_back(std::move(layout));  // which leaves its memory where it is
+    }
+    plan.written.push_back(base);
     plan.items.push_back(item);
   }
   return plan;
 }
 
-// After the loops: copies back what was not merged in place.
-inline void finish_merge(at::TensorList bases, const MergePlan& plan) {
-  for (size_t n = 0; n < plan.written.size(); ++n) {
-    const at::Tensor& base = bases[plan.written[n]];
-    if (!plan.targets[n].is_same(base)) {
-      base.copy_(plan.targets[n]);
-    } else if (!base.is_inference()) {
-      base.unsafeGetTensorImpl()->bump_version();  // autograd and linearize must notice
-    }
+// After the loops: autograd and linearize must notice.
+inline void bump_versions(const MergePlan& plan) {
+  for (const at::Tensor& base : plan.written) {
+    if (!base.is_inference()) base.unsafeGetTensorImpl()->bump_version();
   }
 }
 

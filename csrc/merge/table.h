@@ -32,14 +32,13 @@ struct MergeTable {
 };
 static_assert(sizeof(MergeTable) <= kTableBytes, "MergeTable is no kernel parameter");
 
-// Fills `table` with items from `next` on that are `wide` or not, and returns the first that is
-// left; count when none is. No item may have more than kTerms terms.
-inline size_t pack_merge(const MergeItem* items, size_t count, size_t next, bool wide,
+// Fills `table` with items from `next` on that are summed in `sum`, and returns the first that is left; count when none is. No item may have more than kTerms terms.
+inline size_t pack_merge(const MergeItem* items, size_t count, size_t next, Sum sum,
                          MergeTable& table) {
   table.chunks = table.entries = table.terms = 0;
   for (; next < count; ++next) {
     const MergeItem& item = items[next];
-    if (item.wide != wide || item.numel == 0) continue;
+    if (item.sum != sum || item.numel == 0) continue;
     if (table.entries == MergeTable::kEntries || table.terms + item.count > MergeTable::kTerms) break;
     int widest = size_of(item.type);
     for (int64_t k = 0; k < item.count; ++k) {

@@ -26,9 +26,11 @@ def merge_(
 ) -> None:
     """In place: ``bases[i] ← round(bases[i] + Σ_k alphas[i][k] · vectors[i][k])``.
 
-    The sum runs in the order of k, in float32, or float64 when the base or a vector of it is
-    float64, and is rounded once. All vectors are read as they were before any write, whatever
-    memory they share with bases. Not differentiable.
+    The terms are summed in the order of k and the base is added last, all with twice the digits of
+    the widest tensor: float32 among halves, float64 with a float32, a pair of float64 for a float64
+    base. The sum is rounded once, so that no other order of summation is more exact. All vectors
+    are read as they were before any write, whatever memory they share with bases. Everything is
+    checked and allocated, on all devices, before the first write. Not differentiable.
 
     Args:
         bases: tensors of any shape and layout; float64, float32, float16 or bfloat16.
@@ -38,13 +40,19 @@ def merge_(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or bases share memory.
+        RuntimeError: a base was made in inference mode, and this is not; or no such backend.
     """
     used = [i for i, row in enumerate(vectors) if row]
-    for device in dict.fromkeys(bases[i].device for i in used):
+    devices = list(dict.fromkeys(bases[i].device for i in used))
+    backends = [choose("merge_", device, backend) for device in devices]
+    if len(devices) > 1:  # an op checks its own device, and would find a fault after another wrote
+        ready = reference.prepare([bases[i] for i in used], [vectors[i] for i in used])
+        vectors = dict(zip(used, ready, strict=True))
+    for device, chosen in zip(devices, backends, strict=True):
         here = [i for i in used if bases[i].device == device]
         some, rows = [bases[i] for i in here], [vectors[i] for i in here]
         factors = [[float(a) for a in alphas[i]] for i in here]
-        if choose("merge_", device, backend) == "reference":
+        if chosen == "reference":
             reference.merge_(some, rows, factors)
         else:
             counts = [len(row) for row in rows]

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tangentfast.memory import check_disjoint
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PART = 65536  # elements that are merged at a time: their sums stay in a cache
+SPLIT = 2.0**27 + 1  # of a float64 into two of 26 digits
+DROPPED = 2**29 - 1  # bits of a float64 that a float32 has not
+
+
+def prepare(bases: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Check what merge_ is called with; the vectors, copied where they share memory with a base."""
+    for i, (base, row) in enumerate(zip(bases, vectors, strict=True)):
+        _check("merge_", f"bases[{i}]", base)
+        if base.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"merge_: bases[{i}] was made in inference mode and may be written there alone; "
+                "merge into a clone() or under torch.inference_mode()"
+            )
+        for k, vector in enumerate(row):
+            _check("merge_", f"vectors[{i}][{k}]", vector, base, f"bases[{i}]")
+    check_disjoint(bases)
+    owned = {base.untyped_storage().data_ptr() for base in bases if base.numel()}
+    return [
+        [v.clone() if v.untyped_storage().data_ptr() in owned else v for v in row]
+        for row in vectors
+    ]
 
 
 def merge_(
@@ -16,25 +40,95 @@ def merge_(
     vectors: Sequence[Sequence[Tensor]],
     alphas: Sequence[Sequence[float]],
 ) -> None:
-    """``bases[i] ← round(bases[i] + Σ_k alphas[i][k] · vectors[i][k])``; see `ops.merge.merge_`."""
-    for i, (base, row) in enumerate(zip(bases, vectors, strict=True)):
-        _check("merge_", f"bases[{i}]", base)
-        for k, vector in enumerate(row):
-            _check("merge_", f"vectors[{i}][{k}]", vector, base, f"bases[{i}]")
-    _check_disjoint(bases)
-    owned = {base.untyped_storage().data_ptr() for base in bases if base.numel()}
-    safe = [
-        [v.clone() if v.untyped_storage().data_ptr() in owned else v for v in row]
-        for row in vectors
-    ]
-    for base, row, factors in zip(bases, safe, alphas, strict=True):
-        wide = torch.float64 in (base.dtype, *(v.dtype for v in row))
-        dtype = torch.float64 if wide else torch.float32
-        total = base.to(dtype, copy=True)
-        for vector, alpha in zip(row, factors, strict=True):
-            # Product and sum rounded separately: add_(alpha=) may fuse them, the kernels never do.
-            total += vector.to(dtype) * alpha
-        base.copy_(round_once(total, base.dtype))
+    """``bases[i] ← round(bases[i] + Σ_k alphas[i][k] · vectors[i][k])``; see `ops.merge.merge_`.
+
+    What is needed to compute is there before the first write.
+    """
+    vectors = prepare(bases, vectors)
+    most = min(PART, max((base.numel() for base in bases), default=0))
+    device = bases[0].device if bases else "cpu"
+    room = torch.empty(8, most, dtype=torch.float64, device=device)
+    for base, row, factors in zip(bases, vectors, alphas, strict=True):
+        if not row:
+            continue
+        for part, *terms in _parts([base, *row]):
+            if base.dtype == torch.float64:
+                _merge_pairs(part, terms, factors, room)
+            else:
+                _merge(part, terms, factors, room)
+
+
+def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The same parts of tensors of one shape, as views of PART elements at most."""
+    if tensors[0].numel() <= PART:
+        if tensors[0].numel():
+            yield tensors
+        return
+    d = max(range(tensors[0].dim()), key=tensors[0].size)
+    half = tensors[0].size(d) // 2
+    for start, length in ((0, half), (half, tensors[0].size(d) - half)):
+        yield from _parts([t.narrow(d, start, length) for t in tensors])
+
+
+def _merge(base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], room: Tensor) -> None:
+    """Terms first, base last, in float32 among halves and in float64 otherwise."""
+    halves = all(t.element_size() == 2 for t in (base, *terms))
+    rooms = room.view(torch.float32) if halves else room
+    total, term, low = (r[: base.numel()].view(base.shape) for r in rooms[:3])
+    for k, (vector, alpha) in enumerate(zip(terms, factors, strict=True)):
+        # Product and sum rounded separately: add_(alpha=) may fuse them, the kernels never do.
+        term.copy_(vector).mul_(alpha)
+        total = total.copy_(term) if k == 0 else total.add_(term)
+    term.copy_(base).add_(total)
+    base.copy_(term if halves or base.dtype == torch.float32 else to_odd_(term, low))
+
+
+def _merge_pairs(
+    base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], room: Tensor
+) -> None:
+    """The same in pairs hi + lo of float64; the formulas are those of csrc/merge/formula.h."""
+    hi, lo, v, p, s, t, error, rest = (r[: base.numel()].view(base.shape) for r in room)
+    hi.fill_(-0.0)
+    lo.zero_()
+    for vector, alpha in zip(terms, factors, strict=True):
+        torch.mul(v.copy_(vector), alpha, out=p)
+        _two_sum(hi, p, s, t, error)
+        lo.add_(error)
+        hi.copy_(s)
+        _product_error(v, alpha, p, s, t, error, rest)
+        lo.add_(error)
+    _two_sum(v.copy_(base), hi, s, t, error)
+    error.add_(lo).nan_to_num_(0, 0, 0)  # NaN is what is left of an infinity
+    some = rest.view(-1).view(torch.bool)[: base.numel()].view(base.shape)
+    torch.ne(error, 0, out=some)
+    base.copy_(torch.where(some, error.add_(s), s, out=t))  # a rest of +0 would lose the sign of -0
+
+
+def _two_sum(x: Tensor, y: Tensor, s: Tensor, t: Tensor, error: Tensor) -> None:
+    """s + error = x + y, exactly (Knuth 1969)."""
+    torch.add(x, y, out=s)
+    torch.sub(s, x, out=t)
+    torch.sub(x, torch.sub(s, t, out=error), out=error)
+    error.add_(torch.sub(y, t, out=t))
+
+
+def _product_error(
+    v: Tensor, alpha: float, p: Tensor, high: Tensor, low: Tensor, error: Tensor, room: Tensor
+) -> None:
+    """p + error = alpha v, exactly (Dekker 1971): without a fused multiply-add, from halves."""
+    torch.mul(v, SPLIT, out=low)
+    torch.sub(low, v, out=high)
+    torch.sub(low, high, out=high)
+    torch.sub(v, high, out=low)
+    alpha_high = alpha * SPLIT - (alpha * SPLIT - alpha)
+    torch.mul(high, alpha_high, out=error).sub_(p)
+    for part, factor in (
+        (low, alpha_high),
+        (high, alpha - alpha_high),
+        (low, alpha - alpha_high),
+    ):
+        error.add_(torch.mul(part, factor, out=room))
+    error.nan_to_num_(0, 0, 0)  # a number too large to be split: its product is rounded
 
 
 def gram(rows: Sequence[Sequence[Tensor]], owners: Sequence[Sequence[int]], size: int) -> Tensor:
@@ -58,19 +152,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return terms.sum()
 
 
-def round_once(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """`total` (float32 or float64) in `dtype`, to nearest even, never through two roundings.
+def to_odd_(total: Tensor, low: Tensor) -> Tensor:
+    """`total` (float64) in place to the 24 digits of float32, rounded to odd.
 
-    torch converts float64 to a half by way of float32, which rounds twice. Rounding to odd first
-    makes the second rounding the only one that counts (Boldo and Melquiond 2008).
+    torch converts float64 to a half by way of float32, which rounds twice. After rounding to odd
+    the second rounding is the only one that counts (Boldo and Melquiond 2008). `low` is room.
     """
-    if total.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):
-        nearest = total.float()
-        other = torch.where(nearest.double() < total, torch.inf, -torch.inf).to(torch.float32)
-        even = nearest.view(torch.int32) % 2 == 0
-        inexact = (nearest.double() != total) & ~total.isnan()
-        total = torch.where(inexact & even, torch.nextafter(nearest, other), nearest)
-    return total.to(dtype)
+    bits, rest = total.view(torch.int64), low.view(torch.int64)
+    torch.bitwise_and(bits, DROPPED, out=rest)
+    rest.ne_(0).mul_(DROPPED + 1)
+    bits.bitwise_and_(~DROPPED).bitwise_or_(rest)
+    return total
 
 
 def _check(
@@ -88,30 +180,3 @@ def _check(
         )
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {like.device}")
-
-
-def _check_disjoint(bases: Sequence[Tensor]) -> None:
-    """Raise when two bases, or two elements of one, share memory: byte numbers must be unique."""
-    by_storage: dict[int, list[int]] = {}
-    for i, base in enumerate(bases):
-        if base.numel():
-            by_storage.setdefault(base.untyped_storage().data_ptr(), []).append(i)
-    for members in by_storage.values():
-        first = bases[members[0]]
-        if len(members) == 1 and first.is_contiguous():
-            continue
-        unit = min(bases[i].element_size() for i in members)
-        units = torch.arange(first.untyped_storage().nbytes() // unit, device=first.device)
-        used = torch.zeros_like(units, dtype=torch.bool)
-        for i in members:
-            base = bases[i]
-            step = base.element_size() // unit
-            strides = (*(s * step for s in base.stride()), 1)
-            offset = base.storage_offset() * step
-            places = units.as_strided((*base.shape, step), strides, offset).reshape(-1)
-            if used[places].any() or places.unique().numel() < places.numel():
-                raise ValueError(
-                    f"merge_: bases[{i}] of shape {tuple(base.shape)} shares memory with itself or "
-                    "with another base; merge into a clone()"
-                )
-            used[places] = True
