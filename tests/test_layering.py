@@ -20,7 +20,7 @@ LAYERS = [
     ["dual", "fallback", "fingerprint"],
     ["rules"],
     ["passes"],
-    ["inplace", "graph", "trees"],
+    ["inplace", "graph", "trees", "files"],
     ["ops"],
     ["_torch"],
 ]

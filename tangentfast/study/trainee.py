@@ -182,8 +182,8 @@ class Trainee:
             "head": self.head_state(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with replacing(path) as part:
-            torch.save(state | more, part)
+        with replacing(path) as file:
+            torch.save(state | more, file)
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any], steps: int) -> None:
