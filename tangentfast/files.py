@@ -42,11 +42,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     if old is not None and stat.S_ISDIR(old.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if old is not None and (not stat.S_ISREG(old.st_mode) or _is_stream(path)):
-        with tempfile.TemporaryFile() as file:
-            yield file
-            file.seek(0)
+        with tempfile.TemporaryFile() as content:
+            yield content
+            content.seek(0)
             with open(path, "ab") as stream:  # what a redirected output has already stays
-                shutil.copyfileobj(file, stream)
+                shutil.copyfileobj(content, stream)
         return
     target = Path(os.path.realpath(path))
     file, part = _open_beside(target)

@@ -143,9 +143,7 @@ def test_pipes_and_devices_are_written_into(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     write("/dev/null", b"gone")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    code = (
-        "from tangentfast.files import replacing\nwith replacing('/dev/stdout') as f: f.write(b'x')"
-    )
+    code = IMPORT + "with replacing('/dev/stdout') as file: file.write(b'x')"
     for out in (subprocess.PIPE, (tmp_path / "out").open("wb")):
         done = subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
         assert (done.stdout or (tmp_path / "out").read_bytes()) == b"x"

@@ -16,7 +16,7 @@ LAYERS = [
     ["jvp", "info"],
     ["substitute", "linearize"],
     ["hooks", "kept", "anchor", "select", "task_vector"],
-    ["dispatch", "merge"],
+    ["dispatch", "merge", "vector_file", "checkpoints"],
     ["dual", "fallback", "fingerprint"],
     ["rules"],
     ["passes"],
