@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import warnings
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import islice
 from numbers import Real
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tangentfast import vector_file
+from tangentfast.checkpoints import Source, read_state, weights
 from tangentfast.fingerprint import Base, fingerprint
 from tangentfast.merge import gram
-
-Source: TypeAlias = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -61,41 +55,41 @@ class TaskVector(Mapping[str, Tensor]):
         """``finetuned − pretrained``, entry by entry, in float32 at least.
 
         Args:
-            pretrained: a module, a state dict, or a file: ``.safetensors``, or ``.pt``, ``.pth``,
-                ``.bin`` read with ``weights_only=True``. ``{"state_dict": ...}`` is unwrapped.
+            pretrained: a module, a state dict, or a file: safetensors, or one of ``torch.save``,
+                read with ``weights_only=True``, of whatever name. An entry such as
+                ``{"state_dict": ...}`` or ``{"model": ...}`` is unwrapped, and what lies beside it
+                is ignored.
             finetuned: the same, of a model with the same floating-point entries.
 
         Returns:
-            A vector over all floating-point entries, on the device of `pretrained`, in the wider
-            of both dtypes and float32. Tied parameters share one tensor.
+            A vector over all floating-point and complex entries, on the device of `pretrained`, in
+            the wider of both dtypes and float32. Tied parameters share one tensor.
 
         Raises:
-            ValueError: an entry is missing in one of both, shapes differ, or a file holds no state.
+            ValueError: an entry is missing in one of both, shapes differ, or whole numbers do; a
+                source has no weights, those of several models, of a part of one (a shard), of an
+                adapter, quantised or otherwise not to be subtracted, or cannot be read.
+            OSError: a file is not there or is a folder.
         """
-        before, after = _floating_state(pretrained), _floating_state(finetuned)
-        for here, there, where in ((before, after, "finetuned"), (after, before, "pretrained")):
-            if missing := [name for name in here if name not in there]:
-                raise ValueError(f"from_checkpoints: {where} has no {_listed(missing)}")
-        differing = [n for n in before if before[n].shape != after[n].shape]
-        if differing:
-            shapes = (
-                f"{n} {tuple(before[n].shape)} and {tuple(after[n].shape)}" for n in differing
-            )
-            raise ValueError(
-                f"from_checkpoints: shapes of pretrained and finetuned differ: {_listed(shapes)}"
-            )
+        for source in (pretrained, finetuned):
+            if isinstance(source, TaskVector):
+                raise ValueError(
+                    "from_checkpoints: a TaskVector is a difference already, expected two models"
+                )
+        name, old_state = read_state(pretrained)
+        before, after = map(_tie, weights(old_state, read_state(finetuned)[1]))
         memo: dict[tuple[int, int], Tensor] = {}
         tau = {}
-        for name, old in before.items():
-            new = after[name]
+        for entry, old in before.items():
+            new = after[entry]
             key = (id(old), id(new))
             if key not in memo:
                 dtype = torch.promote_types(
                     torch.promote_types(old.dtype, new.dtype), torch.float32
                 )
                 memo[key] = new.to(old.device, dtype) - old.to(dtype)
-            tau[name] = memo[key]
-        return cls(tau, base=Base(_source_name(pretrained), fingerprint(before)))
+            tau[entry] = memo[key]
+        return cls(tau, base=Base(name, fingerprint(before)))
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a parameter."""
@@ -336,60 +330,3 @@ def _tie(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
     return {name: memo.setdefault(place(t), t) for name, t in tensors.items()}
-
-
-def _floating_state(source: Source) -> dict[str, Tensor]:
-    """The floating-point entries of a module, a state dict or a file."""
-    state: Any = source
-    if isinstance(source, nn.Module):
-        state = source.state_dict()
-    elif isinstance(source, str | os.PathLike):
-        state = _read(Path(source))
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"from_checkpoints: {_source_name(source)} holds a {type(state).__name__}, "
-            "expected a state dict"
-        )
-    floating = {
-        name: entry.detach()
-        for name, entry in state.items()
-        if isinstance(entry, Tensor) and entry.is_floating_point()
-    }
-    if not floating:
-        raise ValueError(f"from_checkpoints: {_source_name(source)} has no floating-point tensor")
-    return _tie(floating)
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"from_checkpoints: {path} is no safetensors file: {error}") from error
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(
-            f"from_checkpoints: {path} ends in {path.suffix!r}, "
-            "expected .safetensors, .pt, .pth or .bin"
-        )
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"from_checkpoints: {path} holds more than tensors, and unpickling anything else runs "
-            "code; save model.state_dict() in its place"
-        ) from error
-
-
-def _source_name(source: Source) -> str:
-    if isinstance(source, str | os.PathLike):
-        return Path(source).name
-    return type(source).__name__ if isinstance(source, nn.Module) else "state dict"
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, and how many more."""
-    names = list(names)
-    rest = len(names) - most
-    return ", ".join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")
