@@ -183,7 +183,12 @@ class Trainee:
             "optimizer": self.optimizer.state_dict(),
         }
         with replacing(path) as file:
-            torch.save(state | more, file)
+            try:
+                torch.save(state | more, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's word for a full disk
+                    raise error.__context__ from None
+                raise
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any], steps: int) -> None:
