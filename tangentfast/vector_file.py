@@ -125,6 +125,12 @@ def read(
     return contents
 
 
+def has_complex() -> bool:
+    """The format got complex numbers with version 0.6 of its library."""
+    major, minor = metadata.version("safetensors").split(".")[:2]
+    return (int(major), int(minor)) >= (0, 6)
+
+
 def _check_writable(name: str, tensor: Tensor) -> None:
     if name == "__metadata__":
         raise ValueError("save: '__metadata__' is no name that the format can hold; rename it")
@@ -134,10 +140,7 @@ def _check_writable(name: str, tensor: Tensor) -> None:
             f"save: {name!r} is on {tensor.device} with layout {tensor.layout}, expected values in "
             "plain memory; call full_tensor() of a DTensor, to_dense() of a sparse one"
         )
-    # The format got complex numbers with version 0.6 of its library.
-    old = int(metadata.version("safetensors").split(".")[1]) < 6
-    old &= metadata.version("safetensors").startswith("0.")
-    if tensor.dtype not in DTYPES.values() or (tensor.dtype == torch.complex64 and old):
+    if tensor.dtype not in DTYPES.values() or (tensor.is_complex() and not has_complex()):
         raise TypeError(
             f"save: safetensors {metadata.version('safetensors')} cannot hold {tensor.dtype}, "
             f"the dtype of {name!r}. Expected another dtype: convert the entries that have it."
