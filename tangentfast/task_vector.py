@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import metadata
-from itertools import islice
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from numbers import Real
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from tangentfast import vector_file
+from tangentfast.checkpoints import Source, read_state, weights
 from tangentfast.fingerprint import Base, fingerprint
 from tangentfast.merge import gram
-
-Source: TypeAlias = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
-
-FORMAT = "tangentfast.task_vector"
-FORMAT_VERSION = 1
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -41,13 +32,15 @@ class TaskVector(Mapping[str, Tensor]):
         selection: which parameters were selected, in words; ``"all"`` by default.
 
     Raises:
-        TypeError: an entry is no floating-point or complex tensor.
+        TypeError: a name is no string, an entry no floating-point or complex tensor.
     """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], *, base: Base | None = None, selection: str = "all"
     ) -> None:
         for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise TypeError(f"TaskVector: the name {name!r} is no string, expected one")
             if not isinstance(tensor, Tensor) or not (
                 tensor.is_floating_point() or tensor.is_complex()
             ):
@@ -62,41 +55,41 @@ class TaskVector(Mapping[str, Tensor]):
         """``finetuned − pretrained``, entry by entry, in float32 at least.
 
         Args:
-            pretrained: a module, a state dict, or a file: ``.safetensors``, or ``.pt``, ``.pth``,
-                ``.bin`` read with ``weights_only=True``. ``{"state_dict": ...}`` is unwrapped.
+            pretrained: a module, a state dict, or a file: safetensors, or one of ``torch.save``,
+                read with ``weights_only=True``, of whatever name. An entry such as
+                ``{"state_dict": ...}`` or ``{"model": ...}`` is unwrapped, and what lies beside it
+                is ignored.
             finetuned: the same, of a model with the same floating-point entries.
 
         Returns:
-            A vector over all floating-point entries, on the device of `pretrained`, in the wider
-            of both dtypes and float32. Tied parameters share one tensor.
+            A vector over all floating-point and complex entries, on the device of `pretrained`, in
+            the wider of both dtypes and float32. Tied parameters share one tensor.
 
         Raises:
-            ValueError: an entry is missing in one of both, shapes differ, or a file holds no state.
+            ValueError: an entry is missing in one of both, shapes differ, or whole numbers do; a
+                source has no weights, those of several models, of a part of one (a shard), of an
+                adapter, quantised or otherwise not to be subtracted, or cannot be read.
+            OSError: a file is not there or is a folder.
         """
-        before, after = _floating_state(pretrained), _floating_state(finetuned)
-        for here, there, where in ((before, after, "finetuned"), (after, before, "pretrained")):
-            if missing := [name for name in here if name not in there]:
-                raise ValueError(f"from_checkpoints: {where} has no {_listed(missing)}")
-        differing = [n for n in before if before[n].shape != after[n].shape]
-        if differing:
-            shapes = (
-                f"{n} {tuple(before[n].shape)} and {tuple(after[n].shape)}" for n in differing
-            )
-            raise ValueError(
-                f"from_checkpoints: shapes of pretrained and finetuned differ: {_listed(shapes)}"
-            )
+        for source in (pretrained, finetuned):
+            if isinstance(source, TaskVector):
+                raise ValueError(
+                    "from_checkpoints: a TaskVector is a difference already, expected two models"
+                )
+        name, old_state = read_state(pretrained)
+        before, after = map(_tie, weights(old_state, read_state(finetuned)[1]))
         memo: dict[tuple[int, int], Tensor] = {}
         tau = {}
-        for name, old in before.items():
-            new = after[name]
+        for entry, old in before.items():
+            new = after[entry]
             key = (id(old), id(new))
             if key not in memo:
                 dtype = torch.promote_types(
                     torch.promote_types(old.dtype, new.dtype), torch.float32
                 )
                 memo[key] = new.to(old.device, dtype) - old.to(dtype)
-            tau[name] = memo[key]
-        return cls(tau, base=Base(_source_name(pretrained), fingerprint(before)))
+            tau[entry] = memo[key]
+        return cls(tau, base=Base(name, fingerprint(before)))
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a parameter."""
@@ -109,6 +102,47 @@ class TaskVector(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """The number of names."""
         return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._tensors
+
+    # A mapping's own views look up every name again; merging walks over hundreds of them.
+
+    def keys(self) -> KeysView[str]:
+        """The parameter names."""
+        return self._tensors.keys()
+
+    def values(self) -> ValuesView[Tensor]:
+        """The tensors."""
+        return self._tensors.values()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Names and tensors."""
+        return self._tensors.items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The tensor of a parameter, or `default`."""
+        return self._tensors.get(name, default)
+
+    def select(self, *patterns: str) -> TaskVector:
+        """The part of the vector whose names match one of the globs, such as ``"blocks.0.*"``.
+
+        Its tensors are those of this vector; `selection` says what was selected.
+
+        Raises:
+            ValueError: a pattern matches no name.
+        """
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self):
+                close = get_close_matches(pattern, self, n=3)
+                hint = f"; close names are {', '.join(close)}" if close else ""
+                raise ValueError(f"select: {pattern!r} matches no name of the vector{hint}")
+        part = {n: t for n, t in self.items() if any(fnmatchcase(n, p) for p in patterns)}
+        selection = " | ".join(patterns)
+        if self.selection != "all":
+            selection = f"{self.selection}: {selection}"
+        return TaskVector(part, base=self.base, selection=selection)
 
     def __repr__(self) -> str:
         """Counts, selection and base; never computes."""
@@ -180,75 +214,55 @@ class TaskVector(Mapping[str, Tensor]):
         return self._map(lambda t: t.to(*args, **kwargs))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with base, selection and versions in its metadata.
+        """Write a safetensors file with base, selection, versions and a digest in its metadata.
 
-        The file appears complete or not at all: it is written beside `path` and then renamed.
+        The file appears complete or not at all, whoever writes or reads the same path meanwhile,
+        and its folder must be there; see `tangentfast.files.replacing` for links, modes and pipes.
+        Tensors come to the CPU one at a time; a tied one is written once.
 
         Raises:
-            TypeError: a dtype that the format has not (complex128; complex64 before its 0.6).
+            TypeError: a dtype that the format has not (complex128; complex64 before its 0.6), or a
+                tensor without plain memory.
+            ValueError: a parameter is called ``__metadata__``.
         """
         first: dict[int, str] = {}
         aliases = {n: first[id(t)] for n, t in self.items() if first.setdefault(id(t), n) != n}
         own = {n: t for n, t in self.items() if n not in aliases}
-        # The format holds no views: copy what is not contiguous or shares memory with another.
-        users = Counter(t.untyped_storage().data_ptr() for t in own.values())
-        tensors = {
-            n: t.clone(memory_format=torch.contiguous_format)
-            if users[t.untyped_storage().data_ptr()] > 1
-            else t.contiguous()
-            for n, t in own.items()
-        }
         base = {"name": self.base.name, "fingerprint": self.base.fingerprint} if self.base else None
-        header = {
-            "format": FORMAT,
-            "version": str(FORMAT_VERSION),
-            "names": json.dumps(list(self)),
-            "aliases": json.dumps(aliases),
-            "base": json.dumps(base),
-            "selection": self.selection,
-            "package": f"tangentfast {metadata.version('tangentfast')}",
-        }
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            part.touch()
-            mode = part.stat().st_mode  # what the user's umask says; safetensors makes it 0600
-            try:
-                save_file(tensors, part, metadata=header)
-            except KeyError as error:
-                raise TypeError(
-                    f"save: safetensors {metadata.version('safetensors')} cannot hold {error}. "
-                    "Expected another dtype: convert the entries that have it."
-                ) from error
-            part.chmod(mode)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        contents = vector_file.Contents(list(self), aliases, base, self.selection, own)
+        vector_file.write(path, contents)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> TaskVector:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        mmap: bool = False,
+        verify: bool | None = None,
+    ) -> TaskVector:
         """Read a file that `save` wrote, onto `device`.
+
+        Args:
+            path: the file.
+            device: where the tensors are put.
+            mmap: map the file in place of reading it: its pages are read when they are used. It
+                must not change meanwhile: where it is overwritten the vector changes, and where it
+                is cut short the process ends (SIGBUS). `save` does neither.
+            verify: compare the digest that the file has with its bytes. None: where they are read,
+                not where they are mapped, nor in a file of an earlier version, without a digest.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no safetensors file, no task vector, or of a newer format version, or
-                its entries are not those that it names.
+            ValueError: it is no safetensors file, no task vector, or of a newer format version; it
+                is damaged; or ``verify=True`` and it has no digest.
         """
         what = f"TaskVector.load: {path}"
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
-                names, aliases, base = _parse_header(what, header)
-                stored = {aliases.get(name, name) for name in names}
-                if missing := sorted(stored - set(file.keys())):
-                    raise ValueError(f"{what} lacks the tensors {_listed(missing)}")
-                tensors = {name: file.get_tensor(name) for name in stored}
-        except SafetensorError as error:
-            raise ValueError(f"{what} is no readable safetensors file: {error}") from error
-        ordered = {name: tensors[aliases.get(name, name)] for name in names}
-        return cls(ordered, base=base, selection=header.get("selection", "all"))
+        contents = vector_file.read(what, path, device, mmap, verify)
+        names, aliases, base = contents.names, contents.aliases, contents.base
+        ordered = {name: contents.tensors[aliases.get(name, name)] for name in names}
+        origin = Base(base["name"], base["fingerprint"]) if base is not None else None
+        return cls(ordered, base=origin, selection=contents.selection)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TaskVector:
         done = {key: function(t) for key, t in {id(t): t for t in self.values()}.items()}
@@ -316,84 +330,3 @@ def _tie(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
     return {name: memo.setdefault(place(t), t) for name, t in tensors.items()}
-
-
-def _floating_state(source: Source) -> dict[str, Tensor]:
-    """The floating-point entries of a module, a state dict or a file."""
-    state: Any = source
-    if isinstance(source, nn.Module):
-        state = source.state_dict()
-    elif isinstance(source, str | os.PathLike):
-        state = _read(Path(source))
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"from_checkpoints: {_source_name(source)} holds a {type(state).__name__}, "
-            "expected a state dict"
-        )
-    floating = {
-        name: entry.detach()
-        for name, entry in state.items()
-        if isinstance(entry, Tensor) and entry.is_floating_point()
-    }
-    if not floating:
-        raise ValueError(f"from_checkpoints: {_source_name(source)} has no floating-point tensor")
-    return _tie(floating)
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"from_checkpoints: {path} is no safetensors file: {error}") from error
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(
-            f"from_checkpoints: {path} ends in {path.suffix!r}, "
-            "expected .safetensors, .pt, .pth or .bin"
-        )
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"from_checkpoints: {path} holds more than tensors, and unpickling anything else runs "
-            "code; save model.state_dict() in its place"
-        ) from error
-
-
-def _source_name(source: Source) -> str:
-    if isinstance(source, str | os.PathLike):
-        return Path(source).name
-    return type(source).__name__ if isinstance(source, nn.Module) else "state dict"
-
-
-def _parse_header(
-    what: str, header: Mapping[str, str]
-) -> tuple[list[str], dict[str, str], Base | None]:
-    """Names, aliases and base from a file's metadata."""
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{what} is no task vector: its metadata has format {header.get('format')!r}, "
-            f"expected {FORMAT!r}; from_checkpoints reads checkpoints"
-        )
-    try:
-        version = int(header["version"])
-        names, aliases = json.loads(header["names"]), json.loads(header["aliases"])
-        base = json.loads(header["base"])
-        origin = Base(base["name"], base["fingerprint"]) if base is not None else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} has damaged metadata: {error!r}") from error
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{what} has format version {version}, this tangentfast reads up to "
-            f"{FORMAT_VERSION}; upgrade tangentfast (written by {header.get('package')})"
-        )
-    return names, aliases, origin
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, and how many more."""
-    names = list(names)
-    rest = len(names) - most
-    return ", ".join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from .files import write_text
 
 __all__ = ["Log"]
 
@@ -23,8 +23,7 @@ class Log:
     """
 
     def __init__(self, path: Path, done: int = 0) -> None:
-        with replacing(path) as part:
-            part.write_text("".join(_kept(path, done)), encoding="utf-8")
+        write_text(path, "".join(_kept(path, done)))
         self.file = path.open("a", encoding="utf-8")
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):

@@ -12,7 +12,7 @@ from .cache import Cache, digest
 from .config import Config, ConfigError, HeadKind
 from .data import Split, Task, check_name, load_task
 from .encoders import Encoder, load_encoder
-from .files import replacing
+from .files import write_text
 from .heads import build_head
 
 __all__ = ["Parts", "check"]
@@ -44,8 +44,7 @@ def check(config: Config) -> None:
             f"({str(error).splitlines()[0]})"
         ) from error
     try:
-        with replacing(config.out / "config.toml") as part:
-            part.write_text(config.toml(), encoding="utf-8")
+        write_text(config.out / "config.toml", config.toml())
     except OSError as error:
         raise ConfigError(f"out is {config.out}; expected a folder to write to: {error}") from error
 

@@ -22,7 +22,7 @@ from torch import nn
 from .config import Config, HeadKind
 from .data import EMBEDDED, prepare
 from .experiments import Experiments, base_accuracy
-from .files import replacing, write_json
+from .files import write_json, write_text
 from .parts import Parts, check
 from .regimes import REGIMES
 from .report import show, write
@@ -265,5 +265,4 @@ def _timed(out: Path) -> Iterator[None]:
     finally:
         file = out / "seconds"
         before = float(file.read_text()) if file.exists() else 0.0
-        with replacing(file) as part:
-            part.write_text(str(before + time.perf_counter() - began))
+        write_text(file, str(before + time.perf_counter() - began))

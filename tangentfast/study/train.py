@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 import tangentfast as tf
@@ -167,8 +168,8 @@ def finetune(
     vector, trained_head = run.vector(), run.head_state()
     vector.save(out / "vector.safetensors")
     if trained_head is not None:
-        with replacing(out / "head.safetensors") as part:
-            save_file(trained_head, part)
+        with replacing(out / "head.safetensors") as opened:
+            opened.write(safetensors_bytes(trained_head))
     write_json(
         out / "result.json", {"identity": identity, "figures": figures}
     )  # last: all is there

@@ -182,8 +182,13 @@ class Trainee:
             "head": self.head_state(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with replacing(path) as part:
-            torch.save(state | more, part)
+        with replacing(path) as file:
+            try:
+                torch.save(state | more, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's word for a full disk
+                    raise error.__context__ from None
+                raise
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any], steps: int) -> None:

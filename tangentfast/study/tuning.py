@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from rich.progress import Progress
 from torch import nn
 
 import tangentfast as tf
+from tangentfast.files import link
 
 from .cache import digest
-from .files import replacing
 from .parts import Parts
 from .regimes import REGIMES
 from .train import DivergedError, Finetuned, TrainOptions, finetune
@@ -63,7 +62,8 @@ class Tunings:
                     self.vector(tuning)
                     folder = out / "vectors" / tuning.regime / _file_name(tuning.task)
                     made = self._folder(tuning) / "vector.safetensors"
-                    _link(made, folder / f"seed{seed}.safetensors")
+                    folder.mkdir(parents=True, exist_ok=True)
+                    link(made, folder / f"seed{seed}.safetensors")
 
     def headline(self, regime: str, seed: int) -> list[Tuning]:
         """The fine-tunings of all tasks that a regime is evaluated with, at its chosen rate."""
@@ -191,12 +191,3 @@ def _figures(finetuned: Finetuned) -> dict[str, Any]:
 def _file_name(name: str) -> str:
     """Of a task, which may be a path."""
     return re.sub(r"[^\w.+-]+", "_", name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no links."""
-    with replacing(target) as part:
-        try:
-            os.link(source, part)
-        except OSError:
-            shutil.copyfile(source, part)

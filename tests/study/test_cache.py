@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import standins
 import torch
 
 from tangentfast.study.cache import Cache, digest
@@ -86,23 +87,16 @@ def test_damage_is_computed_again(tmp_path: Path, damage: str) -> None:
     assert cache.get("k", lambda: 4) == 3
 
 
-def test_an_error_or_a_full_disk_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_or_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", 1)
-
-    def full(self: Path, text: str, **more: Any) -> int:
-        self.write_bytes(text[:1].encode())
-        raise OSError(28, "No space left on device")
 
     with pytest.raises(ZeroDivisionError):
         Cache(tmp_path).get("k", lambda: 1 / 0)
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_json(tmp_path / "a.json", [2])
-    with pytest.raises(OSError, match="No space left"):
-        Cache(tmp_path).get("k", lambda: 1)
-    monkeypatch.undo()
+    with standins.largest_file(10):
+        with pytest.raises(OSError, match="large"):
+            write_json(tmp_path / "a.json", [2] * 10)
+        with pytest.raises(OSError, match="large"):
+            Cache(tmp_path).get("k", lambda: 1)
     assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == 1
 
@@ -111,14 +105,14 @@ def test_replacing_keeps_the_old_file_when_interrupted(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
 
     def interrupted() -> None:
-        with replacing(tmp_path / "a") as part:
-            part.write_text("new")
+        with replacing(tmp_path / "a") as file:
+            file.write(b"new")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert (tmp_path / "a").read_text() == "old"
-    with replacing(tmp_path / "a") as part:
-        part.write_text("new")
+    with replacing(tmp_path / "a") as file:
+        file.write(b"new")
     assert (tmp_path / "a").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1

@@ -180,11 +180,7 @@ def _write_split(
     images, labels_file = _files(part)
     labels = np.empty(len(samples), np.int64)
     # Written as a stream: on a full disk a mapped file ends the process, a write raises.
-    with (
-        replacing(folder / images) as whole,
-        whole.open("wb") as file,
-        ThreadPoolExecutor() as pool,
-    ):
+    with replacing(folder / images) as file, ThreadPoolExecutor() as pool:
         header = {
             "descr": "|u1",
             "fortran_order": False,
@@ -203,7 +199,7 @@ def _write_split(
                 labels[i] = label
         if part == "train" and (empty := sorted(set(range(classes)) - set(labels.tolist()))):
             raise DataError(f"{name}: every class needs an image to train on, {empty} have none")
-    with replacing(folder / labels_file) as whole, whole.open("wb") as file:
+    with replacing(folder / labels_file) as file:
         np.save(file, labels)
     return {file: _entry(folder / file) for file in (images, labels_file)}
 

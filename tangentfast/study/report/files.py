@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+
+from ..files import replacing
 
 __all__ = ["publish"]
 
@@ -18,21 +21,11 @@ def publish(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     Raises:
         OSError: They could not be written, and then none of them was.
     """
-    written: list[tuple[Path, Path]] = []
-    try:
-        for name, content in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            written.append((partial, path))
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-    except BaseException:
-        for partial, _ in written:
-            partial.unlink(missing_ok=True)
-        raise
-    for partial, path in written:
-        os.replace(partial, path)
-    return [path for _, path in reversed(written)]
+    contents = {folder / name: content for name, content in reversed(list(files.items()))}
+    with ExitStack() as last_first:
+        for path, content in contents.items():
+            file = last_first.enter_context(replacing(path))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk is an error now, and not of the last file
+    return list(contents)

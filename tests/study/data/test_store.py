@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_what_is_finished(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 4:  # images, labels, manifest; then the images of val
+        if len(calls) == 7:  # images, labels, manifest, each and its folder; then the images of val
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(descriptor)
 
