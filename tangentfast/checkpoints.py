@@ -10,8 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tangentfast.names import listed
 from tangentfast.vector_file import FORMAT
 
 Source: TypeAlias = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
@@ -113,13 +113,6 @@ def weights(
         )
     _check_whole_numbers(before, after)
     return old, new
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, and how many more."""
-    names = list(names)
-    rest = len(names) - most
-    return ", ".join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _name(source: Source) -> str:

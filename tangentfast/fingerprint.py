@@ -1,15 +1,23 @@
-"""Where a task vector comes from: a name and a sampled hash of the pre-trained weights."""
+"""Where a task vector comes from: a name and sampled hashes of the pre-trained weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-SAMPLES = 64  # elements of each tensor: a ViT-B takes a few milliseconds
+from tangentfast._torch import version
+from tangentfast.memory import is_sharded
+
+SAMPLES = 64  # elements of each tensor: a ViT-B takes a millisecond
+HALVES = (torch.float16, torch.bfloat16)
+DIGITS = 8  # of each hash in a print
 
 
 @dataclass(frozen=True)
@@ -19,13 +27,149 @@ class Base:
     Attributes:
         name: what people call them, e.g. the model's class or the checkpoint's file name.
         fingerprint: `fingerprint` of θ0 restricted to the vector's own parameter names.
+        prints: parameter name -> three hashes of its samples in one string: exact, rounded to
+            float16, and to bfloat16. Empty where they are not known.
     """
 
     name: str
     fingerprint: str
+    prints: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, Tensor]) -> Base:
+        """The base whose weights these are; raises as `fingerprint`."""
+        samples = Samples(tensors)
+        return cls(name, samples.fingerprint(tensors), {n: samples.print(n) for n in tensors})
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Base:
+        """Of what `to_json` gave; prints may be missing, in files of before they were."""
+        return cls(entry["name"], entry["fingerprint"], dict(entry.get("prints", {})))
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes as a dictionary of strings."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "prints": dict(self.prints)}
+
+    def is_same(self, other: Base, names: Collection[str], other_names: Collection[str]) -> bool:
+        """Whether two vectors, or a vector and a τ, are differences to the same weights.
+
+        Compared in the names that both have. Without prints the fingerprint says it where both
+        cover the same names, and the name of the base elsewhere.
+        """
+        if self.prints and other.prints:
+            common = [n for n in names if n in other_names and n in self.prints]
+            return all(
+                _same_print(self.prints[n], other.prints[n]) for n in common if n in other.prints
+            )
+        if set(self.prints or names) == set(other.prints or other_names):
+            return self.fingerprint == other.fingerprint
+        return self.name == other.name
 
     def __str__(self) -> str:
         return f"{self.name} [{self.fingerprint[:12]}]"
+
+
+class Samples:
+    """At most 64 elements of each of several tensors, evenly spaced, the first and last among them.
+
+    Args:
+        tensors: name -> tensor of any shape and dtype. Of a DTensor the whole is gathered, one at a
+            time: every rank of its mesh must come here.
+
+    Raises:
+        TypeError: a tensor on meta, which has no elements.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.values: dict[str, Tensor] = {}  # [n] float64, on the CPU
+        # One conversion and transfer for each dtype and device, not for each tensor.
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, Tensor]]] = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if tensor.is_meta:
+                    raise TypeError(
+                        f"fingerprint: {name!r} is on meta, which holds no numbers; expected the "
+                        "weights themselves: load them first"
+                    )
+                whole = tensor
+                if is_sharded(tensor):
+                    whole = tensor.full_tensor()  # type: ignore[attr-defined]
+                self.shapes[name] = tuple(tensor.shape)
+                group = groups.setdefault((whole.dtype, whole.device), [])
+                group.append((name, _samples(whole.detach())))
+            for members in groups.values():
+                parts = [part for _, part in members]
+                together = torch.cat(parts).double().cpu().split([p.numel() for p in parts])
+                self.values.update(zip((name for name, _ in members), together, strict=True))
+
+    def fingerprint(self, names: Collection[str]) -> str:
+        """`fingerprint` of the tensors of these names."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            digest.update(repr((name, self.shapes[name])).encode())
+            digest.update(_bytes(self.values[name]))
+        return digest.hexdigest()
+
+    def print(self, name: str) -> str:
+        """The hashes of `Base.prints`."""
+        values = [self.values[name], *(h[name] for h in self._rounded)]
+        return "".join(self._hash(name, v) for v in values)
+
+    @cached_property
+    def _rounded(self) -> list[dict[str, Tensor]]:
+        """The values in each half precision, as float64; converted all at once."""
+        if not self.values:
+            return []
+        together = torch.cat(list(self.values.values()))
+        sizes = [v.numel() for v in self.values.values()]
+        rounded = [together.to(dtype).double().split(sizes) for dtype in HALVES]
+        return [dict(zip(self.values, parts, strict=True)) for parts in rounded]
+
+    def _hash(self, name: str, values: Tensor) -> str:
+        shape = repr(self.shapes[name]).encode()
+        return hashlib.blake2b(shape + _bytes(values), digest_size=DIGITS // 2).hexdigest()
+
+
+class Weights:
+    """Weights that are merged into: what they were before merge_ changed them, where it did.
+
+    Args:
+        tensors: as for `Samples`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.prints: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            written, print_before = _merged.get(tensor, (-1, ""))
+            if written == version(tensor) and not tensor.is_inference():
+                self.prints[name] = print_before
+        new = Samples({n: t for n, t in tensors.items() if n not in self.prints})
+        self.prints |= {n: new.print(n) for n in new.values}
+        self._fingerprints: dict[tuple[str, ...], str] = {}
+
+    def are(self, base: Base, names: Collection[str]) -> bool:
+        """Whether they are a vector's base in its `names`, as far as both know them.
+
+        A base of before there were prints is compared by its fingerprint, of all `names`.
+        """
+        if not base.prints:
+            key = tuple(names)
+            if key not in self._fingerprints:
+                self._fingerprints[key] = fingerprint({n: self.tensors[n] for n in names})
+            return base.fingerprint == self._fingerprints[key]
+        known = base.prints
+        return all(_same_print(known[n], self.prints[n]) for n in names if n in known)
+
+    def merged(self) -> None:
+        """Remember them: what is now in the tensors is these and what was merged into them."""
+        for name, tensor in self.tensors.items():
+            _merged[tensor] = version(tensor), self.prints[name]
+
+
+# Tensor -> its version when merge_ had written it, and the print of what it was before any merge.
+_merged: Any = WeakIdKeyDictionary()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -37,24 +181,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     same base after training or merging; it is no checksum of a file.
 
     Args:
-        tensors: name -> tensor of any shape and dtype.
+        tensors: name -> tensor of any shape and dtype; DTensors as for `Samples`.
+
+    Raises:
+        TypeError: a tensor on meta.
     """
-    names = sorted(tensors)
-    samples = [_samples(tensors[name].detach()) for name in names]
-    # One transfer for each device, not for each tensor.
-    by_device: dict[torch.device, list[int]] = {}
-    for i, sample in enumerate(samples):
-        by_device.setdefault(sample.device, []).append(i)
-    for members in by_device.values():
-        together = torch.cat([samples[i] for i in members]).cpu()
-        parts = together.split([samples[i].numel() for i in members])
-        for i, part in zip(members, parts, strict=True):
-            samples[i] = part
-    digest = hashlib.sha256()
-    for name, sample in zip(names, samples, strict=True):
-        digest.update(repr((name, tuple(tensors[name].shape))).encode())
-        digest.update(sample.numpy().astype("<f8").tobytes())
-    return digest.hexdigest()
+    return Samples(tensors).fingerprint(tensors)
 
 
 def checksum(tensor: Tensor) -> tuple[int, ...] | None:
@@ -81,25 +213,36 @@ def checksum(tensor: Tensor) -> tuple[int, ...] | None:
         return tuple(torch.stack(sums).tolist())
 
 
+def _same_print(one: str, other: str) -> bool:
+    """Whether two prints are of the same weights, cast to a half precision in one of both or not.
+
+    Rounded and exact hash agree where every sample is representable.
+    """
+    parts = [[p[i : i + DIGITS] for i in range(0, len(p), DIGITS)] for p in (one, other)]
+    (exact, *halves), (other_exact, *other_halves) = parts
+    return exact == other_exact or any(
+        a == b and (a in (exact, other_exact)) for a, b in zip(halves, other_halves, strict=True)
+    )
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.numpy().astype("<f8", copy=False).tobytes()
+
+
 def _samples(tensor: Tensor) -> Tensor:
-    """At most SAMPLES elements, evenly spaced in row-major order: [n] float64."""
+    """At most SAMPLES elements in row-major order, in the tensor's dtype and on its device: [n]."""
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    total = tensor.numel()
-    count = min(total, SAMPLES)
-    places = [i * (total - 1) // max(count - 1, 1) for i in range(count)]
-    if tensor.is_contiguous():
-        flat = tensor.view(-1)
-        return flat[torch.tensor(places, dtype=torch.int64, device=tensor.device)].double()
-    rows = [torch.tensor(_unravel(p, tensor.shape), dtype=torch.int64) for p in places]
-    index = torch.stack(rows, 1).to(tensor.device) if rows else None
-    return (tensor[tuple(index)] if index is not None else tensor.reshape(-1)).double()
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.numel() <= SAMPLES:
+        return tensor.reshape(-1)
+    places = _places(tensor.numel(), tensor.device)
+    if tensor.is_contiguous():  # of any dtype
+        return tensor.view(-1)[places]
+    return tensor.take(places)  # without a copy of the whole
 
 
-def _unravel(place: int, shape: torch.Size) -> list[int]:
-    """Row-major place -> one index per dimension, without copying a non-contiguous tensor."""
-    index = []
-    for size in reversed(shape):
-        place, i = divmod(place, size)
-        index.append(i)
-    return index[::-1]
+@lru_cache(maxsize=1024)
+def _places(total: int, device: torch.device) -> Tensor:
+    """SAMPLES evenly spaced places among `total`, as int64."""
+    places = [i * (total - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
+    return torch.tensor(places, dtype=torch.int64, device=device)

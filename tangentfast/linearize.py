@@ -23,7 +23,7 @@ from tangentfast._torch import compiled_original, version
 from tangentfast.anchor import anchor, anchored, release, theta0_of
 from tangentfast.dispatch import constant
 from tangentfast.dual import Dual
-from tangentfast.fingerprint import Base, checksum, fingerprint
+from tangentfast.fingerprint import Base, checksum
 from tangentfast.kept import Kept
 from tangentfast.passes import Anchors, Pass, check_no_transform, running
 from tangentfast.select import Selection, describe, select
@@ -213,7 +213,7 @@ def _after_loading(lin: LinearizedModel, _: Any) -> None:
     lin._remember()
     if before != [place[-1] for place in lin._seen]:
         trained = {name: anchored(module)[own][0] for name, module, own in lin._sites}
-        lin.base = Base(lin.base.name, fingerprint(trained))
+        lin.base = Base.of(lin.base.name, trained)
 
 
 def linearize(
@@ -271,7 +271,7 @@ def linearize(
                 f"linearize: at[{key!r}] has shape {tuple(tensor.shape)}, "
                 f"the parameter has {tuple(named[key].shape)}."
             )
-    base = Base(name or type(model).__name__, fingerprint({n: named[n] for n in names}))
+    base = Base.of(name or type(model).__name__, {n: named[n] for n in names})
     lin = LinearizedModel(model, names, describe(params), base, primal_dtype)
     with torch.no_grad():
         for key, tensor in start.items():

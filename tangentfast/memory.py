@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():  # with gradients, to_local() would make a view in the graph
-        part: Tensor = tensor.to_local()
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
 
 
@@ -38,7 +39,8 @@ def place(tensor: Tensor) -> Hashable:
     while the object lives.
     """
     if is_sharded(tensor):
-        whole = tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements)
+        sharded: Any = tensor
+        whole = tuple(tensor.shape), sharded.device_mesh, tuple(sharded.placements)
         part = local(tensor)
         return (whole, place(part)) if part.numel() else id(tensor)
     if dispatches(tensor):
@@ -128,7 +130,7 @@ def _runs(tensor: Tensor) -> tuple[int, list[tuple[int, int]]]:
     dims = sorted(
         (s * item, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1
     )
-    run, outer = item, []
+    run, outer = item, list[tuple[int, int]]()
     for stride, size in dims:
         if not outer and stride == run:
             run *= size

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from numbers import Real
+from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tangentfast.fingerprint import Base, fingerprint
+from tangentfast.coefficients import Alphas, Coefficients
+from tangentfast.fingerprint import Base, Weights
+from tangentfast.interrupts import held
+from tangentfast.memory import is_sharded
+from tangentfast.names import listed
 from tangentfast.ops import merge as op
+from tangentfast.targets import Target, check_tensor, entries_of, numbers, partner
 
-Number: TypeAlias = float | int
-Alphas: TypeAlias = (
-    Number | Mapping[str, Number] | Sequence[Number | Mapping[str, Number]] | Tensor | np.ndarray
-)
 Vectors: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 T = TypeVar("T")
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PLAIN = {Tensor, nn.Parameter}
 
 
 def merge_(
@@ -38,19 +36,26 @@ def merge_(
 ) -> T:
     """Add task vectors to a base in place: ``b ← round(b + Σ_k α_k v_k)`` for each parameter b.
 
-    One pass over memory: every vector is read once, the base read and written once. The sum runs
-    over k in order, in float32 (float64 when the base's tensor or a vector's is float64), and is
-    rounded once; the result does not depend on the number of threads. Everything is checked before
-    the first write: after an error, base is bit for bit what it was. (Ilharco et al. 2023,
-    arXiv:2212.04089.)
+    One pass over memory: every vector is read once, the base read and written once. The terms are
+    summed in the order of k and the base is added last, with twice the digits of the widest tensor
+    (float32 among halves, float64 with a float32, a pair of float64 for a float64 base); the sum is
+    rounded once. So it is never less exact than ``base + α Σ v``, whatever K is, and does not
+    depend on the number of threads. (Ilharco et al. 2023, arXiv:2212.04089.)
+
+    Everything is checked and allocated before the first write: after an error, base is bit for bit
+    what it was. A signal that comes while base is written, such as Ctrl-C, waits: the merge is
+    done and returns, and the signal is delivered three seconds later (to a loop of merges: before
+    one of them writes), when it can no longer be taken for an error of this one.
 
     Args:
         base: what is changed. A module (parameters and floating-point buffers), a mapping of
             tensors such as a state dict, a `TaskVector`, or a `LinearizedModel`, whose τ is
-            changed. Any floating dtype and layout. Tied parameters are merged once.
+            changed. Any floating or complex dtype and any layout. Tied parameters are merged once.
+            DTensors are merged shard by shard, on each rank.
         vectors: one mapping name -> tensor, such as a `TaskVector`, or a sequence of K. A vector
             may leave names out; its tensors have the base's shapes and devices, any of float64,
-            float32, float16, bfloat16, and may be the base's own memory.
+            float32, float16, bfloat16 (complex ones for a complex parameter, DTensors placed alike
+            for a DTensor), and may be the base's own memory.
         alphas: the coefficients; finite numbers, in one of these forms:
 
             - a number, for all vectors and parameters;
@@ -63,6 +68,9 @@ def merge_(
               floating-point tensor, tied ones counted once, under their first name: of a module
               ``named_parameters()``, then those of ``named_buffers()`` that are in its state
               dict; of a mapping its own order; of a `LinearizedModel` ``tau``.
+
+            Where α is 0 the vector is not read: its NaN does not pass. A tensor that requires grad
+            raises, under grad mode: merge_ is not differentiable.
         strict_base: raise instead of warn when a vector is a difference to other weights.
         backend: ``"native"`` or ``"reference"``; None takes TANGENTFAST_BACKEND, or the best.
 
@@ -71,45 +79,28 @@ def merge_(
 
     Raises:
         TypeError, ValueError: something is not as described above; the message names it.
-        RuntimeError: the backend named is not there.
+        RuntimeError: the backend named is not there, or base is of inference mode, and this is not.
 
     Warns:
-        UserWarning: a vector's fingerprint differs from that of the base (see `fingerprint`).
-            A base that has been merged into differs too: give all vectors in one call.
+        UserWarning: a vector is a difference to other weights than base (see `Base`). What merge_
+            itself has added to these very tensors does not count, until something else writes them.
+            A float16 base holds infinities afterwards: float16 ends at 65504. A ``running_var`` is
+            negative afterwards, whose root batch norm takes.
     """
-    target = _target(base)
-    rows = [vectors] if isinstance(vectors, Mapping) else list(vectors)
-    for k, vector in enumerate(rows):
-        if not isinstance(vector, Mapping):
-            raise TypeError(
-                f"merge_: vectors[{k}] is a {type(vector).__name__}, expected a TaskVector or a "
-                "mapping of names to tensors"
-            )
-        _check_vector(f"vectors[{k}]", vector, target)
-    coefficients = _Coefficients(alphas, len(rows), target)
-    terms: dict[str, list[tuple[Tensor, float]]] = {name: [] for name in target.tensors}
-    for k, vector in enumerate(rows):
-        used: dict[str, str] = {}  # canonical name -> the name that the vector has it under
-        one = coefficients.same(k)
-        for name, tensor in vector.items():
-            canonical = target.canonical[name]
-            term = (tensor, coefficients.of(k, name) if one is None else one)
-            if canonical not in used:
-                used[canonical] = name
-                terms[canonical].append(term)
-            elif not _same_term(terms[canonical][-1], term):
-                raise ValueError(
-                    f"merge_: vectors[{k}] has differing tensors or alphas for {used[canonical]!r} "
-                    f"and {name!r}, which are one tied parameter of the base; keep one of both"
-                )
-    for k, vector in enumerate(rows):
-        _check_base(k, vector, target, strict_base)
-    op.merge_(
-        list(target.tensors.values()),
-        [[tensor for tensor, _ in row] for row in terms.values()],
-        [[alpha for _, alpha in row] for row in terms.values()],
-        backend,
-    )
+    entries, rows = entries_of(base), _rows(vectors)
+    coefficients = Coefficients(alphas, len(rows))
+    call = _plain_call(entries, rows, coefficients)
+    looked_at = call is None  # what the op checks as well is left to it, in the plain case
+    call = call or _call(entries, rows, coefficients)
+    weights = _check_bases(base, entries, rows, strict_base)
+    infinite = _infinite(call)
+    if not call.run(backend, raises=looked_at):
+        # The op counts the tensor that does not fit. Here it has a name, and ties are no overlaps.
+        call = _call(entries, rows, coefficients)
+        call.run(backend, raises=True)
+    if weights is not None:
+        weights.merged()
+    _warn_of_results(call, infinite)
     return base
 
 
@@ -136,206 +127,181 @@ def gram(vectors: Sequence[Mapping[str, Tensor]], *, backend: str | None = None)
         owners = [k for k, vector in enumerate(vectors) if name in vector]
         row = [vectors[k][name] for k in owners]
         for k, tensor in zip(owners, row, strict=True):
-            what, first = f"gram: vectors[{k}][{name!r}]", f"vectors[{owners[0]}]"
-            _check_tensor(what, tensor, row[0], first)
+            what = f"gram: vectors[{k}][{name!r}]"
+            check_tensor(what, tensor)
+            if is_sharded(tensor):
+                raise TypeError(f"{what} is a DTensor; gather it with full_tensor()")
+            check_tensor(what, tensor, row[0], f"vectors[{owners[0]}]")
         rows.setdefault(tuple((k, id(t)) for k, t in zip(owners, row, strict=True)), row)
     owner_lists = [[k for k, _ in key] for key in rows]
     return op.gram(list(rows.values()), owner_lists, len(vectors), backend)
 
 
 @dataclass
-class _Target:
-    """What is merged into: `canonical` maps every known name to a key of `tensors`."""
+class _Call:
+    """What the op is told: bases, then for each its vectors and coefficients, one after another."""
 
-    tensors: dict[str, Tensor]  # floating-point, tied ones once
-    canonical: dict[str, str]
-    others: dict[str, torch.dtype]  # entries that nothing can be merged into
-    base: Base | None  # where the tensors themselves are a difference: their base
+    names: list[str]
+    bases: list[Tensor]
+    vectors: list[Tensor]
+    counts: list[int]
+    alphas: list[float]
 
-
-def _target(base: object) -> _Target:
-    origin = getattr(base, "base", None)
-    tau = getattr(base, "tau", None)
-    if isinstance(base, nn.Module) and isinstance(tau, Mapping):
-        entries = dict(tau)
-    elif isinstance(base, nn.Module):
-        kept = base.state_dict().keys()
-        buffers = base.named_buffers(remove_duplicate=False)
-        entries = dict(base.named_parameters(remove_duplicate=False))
-        entries |= {name: buffer for name, buffer in buffers if name in kept}
-    elif isinstance(base, Mapping):
-        entries = {name: entry for name, entry in base.items() if isinstance(entry, Tensor)}
-    else:
-        raise TypeError(
-            f"merge_: base is a {type(base).__name__}, expected a module, a mapping of tensors, "
-            "a TaskVector or a LinearizedModel"
-        )
-    target = _Target({}, {}, {}, origin if isinstance(origin, Base) else None)
-    seen: dict[object, str] = {}
-    for name, entry in entries.items():
-        if entry.dtype not in FLOATS:
-            target.others[name] = entry.dtype
-            continue
-        _check_tensor(f"merge_: base[{name!r}]", entry)
-        place = (entry.device, entry.data_ptr(), entry.dtype, entry.shape, entry.stride())
-        first = seen.setdefault(place if entry.numel() else id(entry), name)
-        target.canonical[name] = first
-        if first == name:
-            target.tensors[name] = entry
-    return target
+    def run(self, backend: str | None, raises: bool) -> bool:
+        """Merge; False where the op refused, which has written nothing then, unless it `raises`."""
+        try:
+            with held():
+                op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)
+        except (TypeError, ValueError, RuntimeError):
+            if raises:
+                raise
+            return False
+        return True
 
 
-def _check_vector(what: str, vector: Mapping[str, Tensor], target: _Target) -> None:
-    for name, tensor in vector.items():
-        if name in target.others:
-            raise ValueError(
-                f"merge_: {what}[{name!r}] names a tensor of dtype {target.others[name]} in the "
-                "base, which is left alone; drop it from the vector"
-            )
-        if name not in target.canonical:
-            close = get_close_matches(name, target.canonical, n=3)
-            hint = f"; close names are {', '.join(close)}" if close else ""
-            raise ValueError(f"merge_: {what}[{name!r}] is not in the base{hint}")
-        own = target.tensors[target.canonical[name]]
-        if not _fits(tensor, own):
-            _check_tensor(f"merge_: {what}[{name!r}]", tensor, own, "base")
+def _plain_call(
+    entries: Mapping[str, Tensor], rows: list[Mapping[str, Tensor]], coefficients: Coefficients
+) -> _Call | None:
+    """The call where all vectors have the same names and a number each; None elsewhere.
 
-
-def _fits(tensor: object, like: Tensor) -> bool:
-    """Whether `_check_tensor` would pass, at a glance: models have hundreds of tensors."""
-    return (
-        type(tensor) is Tensor
-        and tensor.dtype in FLOATS
-        and tensor.layout is torch.strided
-        and tensor.shape == like.shape
-        and tensor.device == like.device
+    Models have hundreds of tensors: what the op checks as well is left to it.
+    """
+    alphas = coefficients.same()
+    if not rows or alphas is None:
+        return None
+    names = list(rows[0])
+    if any(list(row) != names for row in rows[1:]):
+        return None
+    try:
+        bases = [entries[name] for name in names]
+    except KeyError:
+        return None
+    columns = [list(row.values()) for row in rows]
+    if not {*map(type, bases), *map(type, chain(*columns))} <= PLAIN:
+        return None
+    vectors = (
+        columns[0] if len(rows) == 1 else list(chain.from_iterable(zip(*columns, strict=True)))
     )
+    return _Call(names, bases, vectors, [len(rows)] * len(names), alphas * len(names))
 
 
-def _check_tensor(
-    what: str, tensor: object, like: Tensor | None = None, like_name: str = ""
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{what} is a {type(tensor).__name__}, expected a tensor")
-    if hasattr(tensor, "to_local"):
-        raise TypeError(f"{what} is a DTensor; gather it with full_tensor() or merge unsharded")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(
-            f"{what} has dtype {tensor.dtype}, expected float64, float32, float16 or bfloat16"
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{what} has layout {tensor.layout}, expected dense; call to_dense()")
-    if like is not None and tensor.shape != like.shape:
-        raise ValueError(
-            f"{what} has shape {tuple(tensor.shape)}, {like_name} has {tuple(like.shape)}"
-        )
-    if like is not None and tensor.device != like.device:
-        raise ValueError(
-            f"{what} is on {tensor.device}, {like_name} on {like.device}; "
-            f"move it with .to({str(like.device)!r})"
-        )
+def _call(
+    entries: Mapping[str, Tensor], rows: list[Mapping[str, Tensor]], coefficients: Coefficients
+) -> _Call:
+    """The call for any base, vectors and alphas; raises for what does not fit."""
+    target = Target.of(entries)
+    for k, vector in enumerate(rows):
+        target.check(f"vectors[{k}]", vector)
+    coefficients.fit(target.canonical, target.tensors)
+    terms: dict[str, list[tuple[Tensor, float]]] = {name: [] for name in target.tensors}
+    for k, vector in enumerate(rows):
+        used: dict[str, str] = {}  # canonical name -> the name that the vector has it under
+        for name, tensor in vector.items():
+            canonical = target.canonical[name]
+            term = (tensor, coefficients.of(k, name))
+            if canonical not in used:
+                used[canonical] = name
+                terms[canonical].append(term)
+            elif not _same_term(terms[canonical][-1], term):
+                raise ValueError(
+                    f"merge_: vectors[{k}] has differing tensors or alphas for {used[canonical]!r} "
+                    f"and {name!r}, which are one tied parameter of the base; keep one of both"
+                )
+    call = _Call([], [], [], [], [])
+    for name, row in terms.items():
+        own = target.tensors[name]
+        read = [(partner(tensor, own), alpha) for tensor, alpha in row if alpha]
+        if read:
+            call.names.append(name)
+            call.bases.append(numbers(own))
+            call.counts.append(len(read))
+            call.vectors += [tensor for tensor, _ in read]
+            call.alphas += [alpha for _, alpha in read]
+    return call
+
+
+def _rows(vectors: Any) -> list[Mapping[str, Tensor]]:
+    """The vectors as a list of mappings."""
+    if isinstance(vectors, Mapping):
+        return [vectors]
+    if isinstance(vectors, str | os.PathLike) or not isinstance(vectors, Collection):
+        vectors = [vectors]
+    rows = list(vectors)
+    for k, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            hint = ""
+            if isinstance(row, str | os.PathLike):
+                hint = f"; read it first: TaskVector.load({str(row)!r})"
+            raise TypeError(
+                f"merge_: vectors[{k}] is a {type(row).__name__}, expected a TaskVector or a "
+                f"mapping of names to tensors{hint}"
+            )
+    return rows
 
 
 def _same_term(a: tuple[Tensor, float], b: tuple[Tensor, float]) -> bool:
-    return a[1] == b[1] and (a[0] is b[0] or (a[0].dtype == b[0].dtype and torch.equal(a[0], b[0])))
+    if a[1] != b[1] or a[0].dtype != b[0].dtype:
+        return False
+    if a[0] is b[0]:
+        return True
+    mine, theirs = partner(a[0], a[0]), partner(b[0], b[0])
+    return torch.equal(mine, theirs)
 
 
-def _check_base(k: int, vector: Mapping[str, Tensor], target: _Target, strict: bool) -> None:
-    """Warn, or raise when `strict`, when vector k is a difference to other weights."""
-    expected = getattr(vector, "base", None)
-    if not isinstance(expected, Base):
-        return
-    if target.base is None:
-        named = {name: target.tensors[target.canonical[name]] for name in vector}
-        got = Base("the base given", fingerprint(named))
-        same = got.fingerprint == expected.fingerprint
-    else:  # τ is merged into: both fingerprints cover their own names, and compare only for equal
-        got = target.base
-        comparable = vector.keys() == target.canonical.keys()
-        same = got.fingerprint == expected.fingerprint if comparable else got.name == expected.name
-    if same:
-        return
-    message = f"merge_: vectors[{k}] is a difference to {expected}, which is not {got}"
-    if strict:
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+def _check_bases(
+    base: object,
+    entries: Mapping[str, Tensor],
+    rows: list[Mapping[str, Tensor]],
+    strict: bool,
+) -> Weights | None:
+    """Warn, or raise when `strict`, of vectors that are differences to other weights.
 
-
-class _Coefficients:
-    """alphas in any of their forms, checked when built, asked by vector and parameter name."""
-
-    def __init__(self, alphas: Any, count: int, target: _Target) -> None:
-        self.names = target.canonical
-        self.columns = {name: p for p, name in enumerate(target.tensors)}
-        self.table: list[list[float]] | None = None
-        self.rows: list[tuple[str, float | dict[str, float]]] = []
-        if isinstance(alphas, Tensor | np.ndarray):
-            if alphas.ndim > 1:
-                self.table = self._read_table(alphas, count)
-                return
-            alphas = alphas.tolist()
-        if isinstance(alphas, Sequence) and not isinstance(alphas, str):
-            if len(alphas) != count:
-                raise ValueError(
-                    f"merge_: alphas has {len(alphas)} entries, expected one for each of the "
-                    f"{count} vectors"
-                )
-            for k, entry in enumerate(alphas):
-                self.rows.append((f"alphas[{k}]", self._read(entry, f"alphas[{k}]")))
+    Returns:
+        The weights that vectors know their base of, unless base is itself a difference.
+    """
+    origins = {k: _origin(row) for k, row in enumerate(rows)}
+    origins = {k: origin for k, origin in origins.items() if isinstance(origin, Base)}
+    if not origins:
+        return None
+    own, weights = _origin(base), None
+    if not isinstance(own, Base):
+        weights = Weights({name: entries[name] for k in origins for name in rows[k]})
+    for k, origin in origins.items():
+        if weights is not None:
+            got, same = "the base given", weights.are(origin, rows[k])
         else:
-            self.rows = [("alphas", self._read(alphas, "alphas"))] * count
-
-    def same(self, k: int) -> float | None:
-        """The coefficient of vector k, where it is one for all parameters."""
-        entry = self.rows[k][1] if self.table is None else None
-        return entry if isinstance(entry, float) else None
-
-    def of(self, k: int, name: str) -> float:
-        """The coefficient of vector k for a parameter."""
-        if self.table is not None:
-            return self.table[k][self.columns[self.names[name]]]
-        what, entry = self.rows[k]
-        if isinstance(entry, float):
-            return entry
-        if name in entry:
-            return entry[name]
-        matching = [glob for glob in entry if fnmatchcase(name, glob)]
-        if not matching:
-            raise ValueError(
-                f"merge_: {what} has no entry for {name!r}, a name of vectors[{k}]; "
-                'add it, or a last resort under "*"'
-            )
-        return entry[max(matching, key=len)]
-
-    def _read(self, entry: Any, what: str) -> float | dict[str, float]:
-        if not isinstance(entry, Mapping):
-            return _number(entry, what)
-        for pattern in entry:
-            if not any(name == pattern or fnmatchcase(name, pattern) for name in self.names):
-                close = get_close_matches(pattern, self.names, n=3)
-                hint = f"; close names are {', '.join(close)}" if close else ""
-                raise ValueError(f"merge_: {what}[{pattern!r}] matches no name of the base{hint}")
-        return {pattern: _number(x, f"{what}[{pattern!r}]") for pattern, x in entry.items()}
-
-    def _read_table(self, table: Tensor | np.ndarray, count: int) -> list[list[float]]:
-        expected = (count, len(self.columns))
-        if tuple(table.shape) != expected:
-            raise ValueError(
-                f"merge_: alphas has shape {tuple(table.shape)}, expected {expected}: one row for "
-                "each vector, one column for each floating-point tensor of the base"
-            )
-        return [
-            [_number(x, f"alphas[{k}, {p}]") for p, x in enumerate(row)]
-            for k, row in enumerate(table.tolist())
-        ]
+            got, same = str(own), own.is_same(origin, entries, rows[k])
+        if same:
+            continue
+        message = f"merge_: vectors[{k}] is a difference to {origin}, which is not {got}"
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+    return weights
 
 
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise TypeError(f"merge_: {what} is {value!r}, expected a real number")
-    number = float(value)
-    if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
-        raise ValueError(f"merge_: {what} is {number}, expected a finite number of float32's range")
-    return number
+def _origin(of: object) -> Any:
+    return getattr(of, "base", None)
+
+
+def _infinite(call: _Call) -> set[str]:
+    """The names of float16 bases that hold infinities."""
+    pairs = zip(call.names, call.bases, strict=True)
+    return {name for name, base in pairs if base.dtype is torch.float16 and base.isinf().any()}
+
+
+def _warn_of_results(call: _Call, infinite: set[str]) -> None:
+    """Warn of results that are of no use: overflow of float16, negative variances."""
+    if overflowed := sorted(_infinite(call) - infinite):
+        warnings.warn(
+            f"merge_: {listed(overflowed)} hold infinities now: float16 ends at 65504; merge into "
+            "a float32 or bfloat16 base, or with smaller alphas",
+            stacklevel=3,
+        )
+    variances = [i for i, name in enumerate(call.names) if name.endswith("running_var")]
+    if below := [call.names[i] for i in variances if (call.bases[i] < 0).any()]:
+        warnings.warn(
+            f"merge_: {listed(below)} are negative now, and batch norm takes their root; leave "
+            "running statistics out of the vectors, or estimate them again from data",
+            stacklevel=3,
+        )

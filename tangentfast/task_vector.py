@@ -6,8 +6,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import count
 from numbers import Real
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch import Tensor
 
 from tangentfast import vector_file
 from tangentfast.checkpoints import Source, read_state, weights
-from tangentfast.fingerprint import Base, fingerprint
+from tangentfast.fingerprint import Base
+from tangentfast.memory import tied
 from tangentfast.merge import gram
+from tangentfast.names import close_names
+
+RESERVED = "__metadata__"
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -46,7 +50,7 @@ class TaskVector(Mapping[str, Tensor]):
             ):
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"TaskVector: {name!r} is {got}, expected a floating-point tensor")
-        self._tensors = _tie({name: tensor.detach() for name, tensor in tensors.items()})
+        self._tensors = tied({name: tensor.detach() for name, tensor in tensors.items()})
         self.base = base
         self.selection = selection
 
@@ -77,7 +81,7 @@ class TaskVector(Mapping[str, Tensor]):
                     "from_checkpoints: a TaskVector is a difference already, expected two models"
                 )
         name, old_state = read_state(pretrained)
-        before, after = map(_tie, weights(old_state, read_state(finetuned)[1]))
+        before, after = map(tied, weights(old_state, read_state(finetuned)[1]))
         memo: dict[tuple[int, int], Tensor] = {}
         tau = {}
         for entry, old in before.items():
@@ -89,7 +93,7 @@ class TaskVector(Mapping[str, Tensor]):
                 )
                 memo[key] = new.to(old.device, dtype) - old.to(dtype)
             tau[entry] = memo[key]
-        return cls(tau, base=Base(name, fingerprint(before)))
+        return cls(tau, base=Base.of(name, before))
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a parameter."""
@@ -135,14 +139,15 @@ class TaskVector(Mapping[str, Tensor]):
         """
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in self):
-                close = get_close_matches(pattern, self, n=3)
-                hint = f"; close names are {', '.join(close)}" if close else ""
-                raise ValueError(f"select: {pattern!r} matches no name of the vector{hint}")
+                raise ValueError(
+                    f"select: {pattern!r} matches no name of the vector{close_names(pattern, self)}"
+                )
         part = {n: t for n, t in self.items() if any(fnmatchcase(n, p) for p in patterns)}
         selection = " | ".join(patterns)
         if self.selection != "all":
             selection = f"{self.selection}: {selection}"
-        return TaskVector(part, base=self.base, selection=selection)
+        known = self.base is not None and (self.base.prints or len(part) == len(self))
+        return TaskVector(part, base=self.base if known else None, selection=selection)
 
     def __repr__(self) -> str:
         """Counts, selection and base; never computes."""
@@ -223,12 +228,16 @@ class TaskVector(Mapping[str, Tensor]):
         Raises:
             TypeError: a dtype that the format has not (complex128; complex64 before its 0.6), or a
                 tensor without plain memory.
-            ValueError: a parameter is called ``__metadata__``.
         """
         first: dict[int, str] = {}
         aliases = {n: first[id(t)] for n, t in self.items() if first.setdefault(id(t), n) != n}
         own = {n: t for n, t in self.items() if n not in aliases}
-        base = {"name": self.base.name, "fingerprint": self.base.fingerprint} if self.base else None
+        if RESERVED in own:  # a name of the format: the parameter is stored under another
+            stored = next(s for i in count(1) if (s := RESERVED + "_" * i) not in own)
+            own[stored] = own.pop(RESERVED)
+            aliases = {n: stored if o == RESERVED else o for n, o in aliases.items()}
+            aliases[RESERVED] = stored
+        base = self.base.to_json() if self.base else None
         contents = vector_file.Contents(list(self), aliases, base, self.selection, own)
         vector_file.write(path, contents)
 
@@ -261,7 +270,7 @@ class TaskVector(Mapping[str, Tensor]):
         contents = vector_file.read(what, path, device, mmap, verify)
         names, aliases, base = contents.names, contents.aliases, contents.base
         ordered = {name: contents.tensors[aliases.get(name, name)] for name in names}
-        origin = Base(base["name"], base["fingerprint"]) if base is not None else None
+        origin = Base.from_json(base) if base is not None else None
         return cls(ordered, base=origin, selection=contents.selection)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TaskVector:
@@ -302,31 +311,13 @@ class TaskVector(Mapping[str, Tensor]):
 
 
 def _common_base(left: TaskVector, right: TaskVector) -> Base | None:
-    """The base of a combination; warns when the operands are differences to different weights.
-
-    A fingerprint covers the names of its own vector: it is compared, and kept, only for the same.
-    """
-    if left.base and right.base:
-        comparable = left.keys() == right.keys()
-        same = left.base.name == right.base.name
-        if left.base != right.base if comparable else not same:
-            warnings.warn(
-                f"TaskVector: combining vectors of different bases, {left.base} and {right.base}",
-                stacklevel=4,
-            )
+    """The base of a combination; warns when the operands are differences to different weights."""
+    if left.base and right.base and not left.base.is_same(right.base, left.keys(), right.keys()):
+        warnings.warn(
+            f"TaskVector: combining vectors of different bases, {left.base} and {right.base}",
+            stacklevel=4,
+        )
     for vector, other in ((left, right), (right, left)):
         if vector.base and other.keys() <= vector.keys():
             return vector.base
     return None
-
-
-def _tie(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same mapping, where tensors that are the same memory become one object."""
-    memo: dict[object, Tensor] = {}
-
-    def place(tensor: Tensor) -> object:
-        if tensor.numel() == 0:
-            return id(tensor)
-        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-    return {name: memo.setdefault(place(t), t) for name, t in tensors.items()}

@@ -132,8 +132,6 @@ def has_complex() -> bool:
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:
-    if name == "__metadata__":
-        raise ValueError("save: '__metadata__' is no name that the format can hold; rename it")
     plain = tensor.layout == torch.strided and not tensor.is_nested
     if hasattr(tensor, "to_local") or not plain or tensor.is_meta:
         raise TypeError(

@@ -123,7 +123,7 @@ def test_no_vectors_and_no_names() -> None:
         (
             [{"a": torch.ones(2)}, {"a": torch.ones(2, device="meta")}],
             ValueError,
-            r"vectors\[1\]\['a'\] is on meta, vectors\[0\] on cpu",
+            r"vectors\[1\]\['a'\] is on meta, where tensors have no numbers",
         ),
         ([{"a": torch.ones(2).int()}], TypeError, r"vectors\[0\]\['a'\] has dtype torch.int32"),
     ],

@@ -17,12 +17,12 @@ LAYERS = [
     ["substitute", "linearize"],
     ["hooks", "kept", "anchor", "select", "task_vector"],
     ["dispatch", "merge", "vector_file", "checkpoints"],
-    ["dual", "fallback", "fingerprint"],
+    ["dual", "fallback", "fingerprint", "targets", "coefficients"],
     ["rules"],
     ["passes"],
     ["inplace", "graph", "trees", "files"],
     ["ops"],
-    ["memory"],
+    ["memory", "names", "interrupts"],
     ["_torch"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

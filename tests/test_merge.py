@@ -391,9 +391,7 @@ def test_fingerprint_of_the_base() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge_(base, step, strict_base=True)
-    message = (
-        r"vectors\[1\] is a difference to net \[.{12}\], which is not the base given \[.{12}\]"
-    )
+    message = r"vectors\[1\] is a difference to net \[.{12}\], which is not the base given"
     before = base["w"].clone()
     with pytest.raises(ValueError, match=message):
         merge_(base, [{"w": torch.ones(5)}, step], strict_base=True)

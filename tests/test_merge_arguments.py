@@ -53,7 +53,7 @@ BAD_ALPHAS = [
     ),
     ({"*": float("nan")}, ValueError, r"alphas\['\*'\] is nan"),
     (torch.ones(2, 3), ValueError, r"alphas has shape \(2, 3\), expected \(2, 2\): one row"),
-    (torch.ones(1, 2, 2), ValueError, r"alphas has shape \(1, 2, 2\), expected \(2, 2\)"),
+    (torch.ones(1, 2, 2), ValueError, r"alphas has shape \(1, 2, 2\), expected \(2, P\)"),
     (torch.tensor([[1, 1], [1, torch.nan]]), ValueError, r"alphas\[1, 1\] is nan"),
 ]
 
@@ -87,7 +87,7 @@ BAD_VECTORS = [
     (
         {"w": torch.ones(3, device="meta")},
         ValueError,
-        r"is on meta, base on cpu; move it with .to\(",
+        r"\['w'\] is on meta, where tensors have no numbers",
     ),
     ({"steps": torch.ones(())}, ValueError, r"\['steps'\] names a tensor of dtype torch.int64"),
     (torch.ones(3), TypeError, r"vectors\[1\] is a Tensor, expected a TaskVector or a mapping"),

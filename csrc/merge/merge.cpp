@@ -192,9 +192,13 @@ TF_INLINE const Term* terms_of(const MergeItem& item, int64_t k, int64_t width, 
                                Gathered* gathered) {
   if (!gathered) return item.terms + k;
   for (int64_t j = 0; j < width; ++j) {
-    gathered->terms[j] = item.terms[k + j];
-    gathered->terms[j].data = gathered->data[j];
-    move_block<false>(item, 1 + k + j, at, n, gathered->data[j]);
+    Term& term = gathered->terms[j] = item.terms[k + j];
+    if (in_order(item, 1 + k + j)) {
+      term.data = static_cast<const char*>(term.data) + at * size_of(term.type);
+    } else {
+      move_block<false>(item, 1 + k + j, at, n, gathered->data[j]);
+      term.data = gathered->data[j];
+    }
   }
   return gathered->terms;
 }

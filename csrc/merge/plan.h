@@ -61,22 +61,24 @@ struct MergePlan {
   std::vector<at::Tensor> written;  // the base of each item
 };
 
-// The dimensions of an item, those of the base's longest steps first and as few as they can be: its
-// sizes [dims], then the strides [1 + count][dims]. Empty where all lies in one order without gaps.
+// The dimensions of an item, those of its longest steps first and as few as they can be: its sizes
+// [dims], then the strides [1 + count][dims]. Empty where all lies in one order without gaps.
 inline std::vector<int64_t> layout_of(const at::Tensor& base, const at::Tensor* terms,
                                       int64_t count) {
   bool alike = base.is_non_overlapping_and_dense();
   for (int64_t k = 0; alike && k < count; ++k) alike = same_strides(terms[k], base);
   if (alike) return {};
+  const auto stride = [&](int64_t k, int64_t d) {
+    return k == 0 ? base.stride(d) : terms[k - 1].stride(d);
+  };
+  const int64_t leader = count > 1 ? 1 : 0;  // several vectors have one order, as a rule
   std::vector<int64_t> order;
   for (int64_t d = 0; d < base.dim(); ++d) {
     if (base.size(d) > 1) order.push_back(d);
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return base.stride(a) > base.stride(b); });
-  const auto stride = [&](int64_t k, int64_t d) {
-    return k == 0 ? base.stride(d) : terms[k - 1].stride(d);
-  };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return stride(leader, a) > stride(leader, b);
+  });
   std::vector<std::vector<int64_t>> groups;  // of dimensions that are one long one in all tensors
   for (const int64_t d : order) {
     bool joined = !groups.empty();

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tangentfast as tf
-from tangentfast.fingerprint import Base, fingerprint
+from tangentfast.fingerprint import Base
 
 from .files import replacing
 from .regimes import Regime
@@ -90,7 +90,7 @@ class Trainee:
         self.network.eval()
         theta0 = dict(encoder.module.named_parameters())
         self.theta0 = {name: theta0[name].detach() for name in self.trained}
-        self.base = Base(encoder.name, fingerprint(self.theta0))
+        self.base = Base.of(encoder.name, self.theta0)
         self.head = copy.deepcopy(head).requires_grad_(options.train_head)
         parameters = list(self.head.parameters()) if options.train_head else []
         if options.train_head and not parameters:

@@ -6,13 +6,15 @@ merge:  b ← round(b + Σ_k α_k v_k)          gram:  G[i, j] = Σ_names ⟨v_i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, compress, repeat
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from tangentfast.ops.backend import choose, load_native
 from tangentfast.ops.merge import reference
+from tangentfast.ops.merge.reference import split
 
 __all__ = ["gram", "merge_"]
 
@@ -20,11 +22,12 @@ __all__ = ["gram", "merge_"]
 @torch.no_grad()
 def merge_(
     bases: Sequence[Tensor],
-    vectors: Sequence[Sequence[Tensor]],
-    alphas: Sequence[Sequence[float]],
+    vectors: Sequence[Tensor],
+    counts: Sequence[int],
+    alphas: Sequence[float],
     backend: str | None = None,
 ) -> None:
-    """In place: ``bases[i] ← round(bases[i] + Σ_k alphas[i][k] · vectors[i][k])``.
+    """In place: ``bases[i] ← round(bases[i] + Σ_k alphas[k] · vectors[k])``, k over its vectors.
 
     The terms are summed in the order of k and the base is added last, all with twice the digits of
     the widest tensor: float32 among halves, float64 with a float32, a pair of float64 for a float64
@@ -34,7 +37,9 @@ def merge_(
 
     Args:
         bases: tensors of any shape and layout; float64, float32, float16 or bfloat16.
-        vectors: for each base its vectors, of its shape and device, of any of these dtypes.
+        vectors: those of bases[0], then those of bases[1], ...; each of its base's shape and
+            device, of any of these dtypes.
+        counts: for each base the number of its vectors.
         alphas: for each vector its coefficient.
         backend: ``"native"``, ``"reference"`` or None (see `tangentfast.ops.backend`).
 
@@ -42,21 +47,40 @@ def merge_(
         ValueError, TypeError: a shape, dtype or device does not fit, or bases share memory.
         RuntimeError: a base was made in inference mode, and this is not; or no such backend.
     """
-    used = [i for i, row in enumerate(vectors) if row]
-    devices = list(dict.fromkeys(bases[i].device for i in used))
-    backends = [choose("merge_", device, backend) for device in devices]
+    if any(
+        map(attrgetter("is_meta"), chain(bases, vectors))
+    ):  # the kernel for shapes would do nothing
+        raise ValueError("merge_: a tensor is on meta, expected tensors with memory")
+    devices = {base.device for base in bases}
+    backends = {device: choose("merge_", device, backend) for device in devices}
     if len(devices) > 1:  # an op checks its own device, and would find a fault after another wrote
-        ready = reference.prepare([bases[i] for i in used], [vectors[i] for i in used])
-        vectors = dict(zip(used, ready, strict=True))
-    for device, chosen in zip(devices, backends, strict=True):
-        here = [i for i in used if bases[i].device == device]
-        some, rows = [bases[i] for i in here], [vectors[i] for i in here]
-        factors = [[float(a) for a in alphas[i]] for i in here]
+        vectors = list(chain(*reference.prepare(bases, split(vectors, counts))))
+    for device, chosen in backends.items():
+        some = bases, vectors, counts, alphas
+        if len(devices) > 1:
+            some = _on(device, bases, vectors, counts, alphas)
         if chosen == "reference":
-            reference.merge_(some, rows, factors)
+            reference.merge_(*some)
         else:
-            counts = [len(row) for row in rows]
-            torch.ops.tangentfast.merge_(some, list(chain(*rows)), counts, list(chain(*factors)))
+            torch.ops.tangentfast.merge_(*some)
+
+
+def _on(
+    device: torch.device,
+    bases: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    counts: Sequence[int],
+    alphas: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[int], list[float]]:
+    """The part of a call that is about one device."""
+    here = [base.device == device for base in bases]
+    terms = list(chain.from_iterable(repeat(h, n) for h, n in zip(here, counts, strict=True)))
+    return (
+        list(compress(bases, here)),
+        list(compress(vectors, terms)),
+        list(compress(counts, here)),
+        list(compress(alphas, terms)),
+    )
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,18 @@ from torch import Tensor
 
 from tangentfast.memory import check_disjoint
 
+T = TypeVar("T")
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PART = 65536  # elements that are merged at a time: their sums stay in a cache
 SPLIT = 2.0**27 + 1  # of a float64 into two of 26 digits
 DROPPED = 2**29 - 1  # bits of a float64 that a float32 has not
+
+
+def split(entries: Sequence[T], counts: Sequence[int]) -> list[list[T]]:
+    """Rows of counts[0], counts[1], ... consecutive entries."""
+    rest = iter(entries)
+    return [list(islice(rest, count)) for count in counts]
 
 
 def prepare(bases: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
@@ -37,18 +47,19 @@ def prepare(bases: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> lis
 
 def merge_(
     bases: Sequence[Tensor],
-    vectors: Sequence[Sequence[Tensor]],
-    alphas: Sequence[Sequence[float]],
+    vectors: Sequence[Tensor],
+    counts: Sequence[int],
+    alphas: Sequence[float],
 ) -> None:
-    """``bases[i] ← round(bases[i] + Σ_k alphas[i][k] · vectors[i][k])``; see `ops.merge.merge_`.
+    """``bases[i] ← round(bases[i] + Σ_k alphas[k] · vectors[k])``; see `ops.merge.merge_`.
 
     What is needed to compute is there before the first write.
     """
-    vectors = prepare(bases, vectors)
+    rows = prepare(bases, split(vectors, counts))
     most = min(PART, max((base.numel() for base in bases), default=0))
     device = bases[0].device if bases else "cpu"
     room = torch.empty(8, most, dtype=torch.float64, device=device)
-    for base, row, factors in zip(bases, vectors, alphas, strict=True):
+    for base, row, factors in zip(bases, rows, split(alphas, counts), strict=True):
         if not row:
             continue
         for part, *terms in _parts([base, *row]):
@@ -168,8 +179,9 @@ def to_odd_(total: Tensor, low: Tensor) -> Tensor:
 def _check(
     op: str, name: str, tensor: Tensor, like: Tensor | None = None, like_name: str = ""
 ) -> None:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected a dense tensor")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        got = "meta" if tensor.is_meta else tensor.layout
+        raise ValueError(f"{op}: {name} is {got}, expected a dense tensor with memory")
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name} has dtype {tensor.dtype}, expected float64, float32, float16 or bfloat16"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tangentfast as tf
-from tangentfast.fingerprint import Base, fingerprint
+from tangentfast.fingerprint import Base, Weights
 from tangentfast.study.evaluation.span import combine, extend
 
 if TYPE_CHECKING:
@@ -326,9 +326,8 @@ def _check(vectors: Sequence[Mapping[str, Tensor]], weights: Mapping[str, Tensor
         base = getattr(vector, "base", None)
         if not isinstance(base, Base):
             continue
-        own = fingerprint({name: weights[name] for name in vector})
-        if base.fingerprint != own:
+        if not Weights({name: weights[name] for name in vector}).are(base, vector):
             raise ValueError(
-                f"Mixtures: vectors[{t}] is a difference to {base}, the encoder's weights are "
-                f"[{own[:12]}]; load the weights that it was fine-tuned from"
+                f"Mixtures: vectors[{t}] is a difference to {base}, and the encoder has other "
+                "weights; load those that it was fine-tuned from"
             )
