@@ -92,8 +92,13 @@ def merge_(
     call = _plain_call(entries, rows, coefficients)
     looked_at = call is None  # what the op checks as well is left to it, in the plain case
     call = call or _call(entries, rows, coefficients)
-    weights = _check_bases(base, entries, rows, strict_base)
-    infinite = _infinite(call)
+    try:
+        weights = _check_bases(base, entries, rows, strict_base)
+        infinite = _infinite(call)
+    except Exception:
+        if not looked_at:
+            _call(entries, rows, coefficients)  # a tensor that cannot be sampled has a name here
+        raise
     if not call.run(backend, raises=looked_at):
         # The op counts the tensor that does not fit. Here it has a name, and ties are no overlaps.
         call = _call(entries, rows, coefficients)
