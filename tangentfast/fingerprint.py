@@ -140,35 +140,46 @@ class Weights:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        self.prints: dict[str, str] = {}
+        self.prints: dict[str, tuple[str, ...]] = {}  # of what they were, and vectors knew them as
         for name, tensor in tensors.items():
-            written, print_before = _merged.get(tensor, (-1, ""))
+            written, before = _merged.get(tensor, (-1, ()))
             if written == version(tensor) and not tensor.is_inference():
-                self.prints[name] = print_before
-        new = Samples({n: t for n, t in tensors.items() if n not in self.prints})
-        self.prints |= {n: new.print(n) for n in new.values}
+                self.prints[name] = before
+        self._now: dict[str, str] = {}
+        self._sample([n for n in tensors if n not in self.prints])
+        self.prints |= {n: (p,) for n, p in self._now.items()}
         self._fingerprints: dict[tuple[str, ...], str] = {}
 
     def are(self, base: Base, names: Collection[str]) -> bool:
         """Whether they are a vector's base in its `names`, as far as both know them.
 
-        A base of before there were prints is compared by its fingerprint, of all `names`.
+        Each as it is now, or as it was before merges that changed nothing else. A base of before
+        there were prints is compared by its fingerprint, of all `names`, as they are now.
         """
         if not base.prints:
             key = tuple(names)
             if key not in self._fingerprints:
                 self._fingerprints[key] = fingerprint({n: self.tensors[n] for n in names})
             return base.fingerprint == self._fingerprints[key]
-        known = base.prints
-        return all(_same_print(known[n], self.prints[n]) for n in names if n in known)
+        known = {n: base.prints[n] for n in names if n in base.prints}
+        others = [n for n, p in known.items() if not any(_same_print(p, q) for q in self.prints[n])]
+        self._sample([n for n in others if n not in self._now])
+        if not all(_same_print(known[n], self._now[n]) for n in others):
+            return False
+        self.prints |= {n: (*self.prints[n], self._now[n]) for n in others}
+        return True
 
     def merged(self) -> None:
         """Remember them: what is now in the tensors is these and what was merged into them."""
         for name, tensor in self.tensors.items():
             _merged[tensor] = version(tensor), self.prints[name]
 
+    def _sample(self, names: Collection[str]) -> None:
+        samples = Samples({n: self.tensors[n] for n in names})
+        self._now |= {n: samples.print(n) for n in names}
 
-# Tensor -> its version when merge_ had written it, and the print of what it was before any merge.
+
+# Tensor -> its version when merge_ had written it, and the prints of what it was before.
 _merged: Any = WeakIdKeyDictionary()
 
 

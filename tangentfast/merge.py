@@ -83,7 +83,8 @@ def merge_(
 
     Warns:
         UserWarning: a vector is a difference to other weights than base (see `Base`). What merge_
-            itself has added to these very tensors does not count, until something else writes them.
+            has added to these very tensors, of vectors that know their base, does not count, until
+            something else writes them.
             A float16 base holds infinities afterwards: float16 ends at 65504. A ``running_var`` is
             negative afterwards, whose root batch norm takes.
     """
