@@ -207,7 +207,7 @@ def test_complex_and_real(alphas: Any) -> None:
     with pytest.raises(TypeError, match=r"has dtype torch.float32, base is complex .*complex64\)"):
         merge_(base, {"w": torch.ones(3)}, alphas)
     real = {"w": torch.zeros(3)}
-    with pytest.raises(TypeError, match="has dtype torch.complex64, expected float64"):
+    with pytest.raises(TypeError, match=r"has dtype torch.complex64, expected float64"):
         merge_(real, {"w": torch.ones(3, dtype=torch.complex64)}, alphas)
     assert not base["w"].any()
     assert not real["w"].any()
