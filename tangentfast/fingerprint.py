@@ -246,10 +246,9 @@ def _samples(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.numel() <= SAMPLES:
         return tensor.reshape(-1)
-    places = _places(tensor.numel(), tensor.device)
-    if tensor.is_contiguous():  # of any dtype
-        return tensor.view(-1)[places]
-    return tensor.take(places)  # without a copy of the whole
+    if tensor.is_contiguous():
+        return tensor.view(-1)[_places(tensor.numel(), tensor.device)]
+    return tensor[_indices(tensor.shape, tensor.device)]  # of any dtype, which take() is not
 
 
 @lru_cache(maxsize=1024)
@@ -257,3 +256,13 @@ def _places(total: int, device: torch.device) -> Tensor:
     """SAMPLES evenly spaced places among `total`, as int64."""
     places = [i * (total - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
     return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _indices(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """The places of a tensor of this shape: an index along each dimension."""
+    rest, indices = _places(shape.numel(), device), list[Tensor]()
+    for size in reversed(shape):
+        indices.insert(0, rest % size)
+        rest = rest // size
+    return tuple(indices)
