@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tangentfast._torch import in_transform
 from tangentfast.coefficients import Alphas, Coefficients
 from tangentfast.fingerprint import Base, Weights
 from tangentfast.interrupts import held
@@ -173,7 +174,7 @@ def _plain_call(
     Models have hundreds of tensors: what the op checks as well is left to it.
     """
     alphas = coefficients.same()
-    if not rows or alphas is None:
+    if not rows or alphas is None or in_transform():
         return None
     names = list(rows[0])
     if any(list(row) != names for row in rows[1:]):
