@@ -428,15 +428,19 @@ def test_scalars_and_empty_tensors() -> None:
     assert Base.of("nothing", {}).prints == {}
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, *DTYPES, torch.complex64], ids=str
-)
-def test_any_dtype_on_any_device(dtype: torch.dtype, device: torch.device) -> None:
-    values = (3 * wide((9, 9))).to(dtype)
-    there = {"w": values.to(device), "b": torch.ones(3, device=device)}
+ANY = ["int64", "uint8", "bool", "float64", "float16", "bfloat16", "complex64", "complex128"]
+ANY += ["uint16", "uint32", "float8_e4m3fn", "float8_e5m2"]  # take() has no such tensors
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_dtype_on_any_device(name: str, device: torch.device) -> None:
+    values = (3 * wide((20, 30)).abs()).to(getattr(torch, name))
     here = {"b": torch.ones(3), "w": values}
-    assert fingerprint(there) == fingerprint(here)
-    assert Base.of("net", there).prints == Base.of("net", here).prints
+    there = {"w": values.to(device), "b": torch.ones(3, device=device)}
+    transposed = there | {"w": values.mT.contiguous().to(device).mT}
+    for other in (there, transposed):
+        assert fingerprint(other) == fingerprint(here)
+        assert Base.of("net", other).prints == Base.of("net", here).prints
 
 
 def test_meta_raises() -> None:

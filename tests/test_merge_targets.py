@@ -105,10 +105,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
 each_refused = pytest.mark.parametrize("kind", REFUSED)
 
 
+ORIGIN = Base.of("net", {"first": torch.zeros(2), "w": torch.zeros(2, 2)})
+
+
 def known(vector: dict[str, Tensor]) -> TaskVector:
     """A vector that knows its base: merge_ takes samples of what it is merged into."""
-    base = Base.of("net", {"first": torch.zeros(2), "w": torch.zeros(2, 2)})
-    return TaskVector(vector, base=base)
+    return TaskVector(vector, base=ORIGIN)
 
 
 @each_way
@@ -166,6 +168,32 @@ def test_lazy_module() -> None:
     model(torch.ones(1, 2))
     merge_(model, {"0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2)})
     assert torch.equal(model[0].weight, before + 1)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+}
+
+
+@each_way
+@each_count
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("origin", [dict, known], ids=["plain", "known"])
+def test_refused_in_transforms(transform: Any, count: int, alphas: Any, origin: Any) -> None:
+    """A merge would have no derivative, and say nothing of it."""
+    base, ones = {"first": torch.zeros(2), "w": torch.zeros(2, 2)}, torch.ones(2)
+
+    def merged(x: Tensor) -> Tensor:
+        vector = origin({"first": ones, "w": x * x})
+        return merge_(base, [vector] * count, alphas)["w"].sum()
+
+    with pytest.raises(TypeError, match=r"merge_: .* is traced by torch.func, which merge_"):
+        transform(merged, torch.ones(2, 2))
+    assert not any(t.any() for t in base.values())
 
 
 # Complex numbers ----------------------------------------------------------------------------------
