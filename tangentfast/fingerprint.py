@@ -162,7 +162,8 @@ class Weights:
                 self._fingerprints[key] = fingerprint({n: self.tensors[n] for n in names})
             return base.fingerprint == self._fingerprints[key]
         known = {n: base.prints[n] for n in names if n in base.prints}
-        others = [n for n, p in known.items() if not any(_same_print(p, q) for q in self.prints[n])]
+        others = [n for n, p in known.items() if p not in self.prints[n]]  # most are, bit for bit
+        others = [n for n in others if not any(_same_print(known[n], p) for p in self.prints[n])]
         self._sample([n for n in others if n not in self._now])
         if not all(_same_print(known[n], self._now[n]) for n in others):
             return False
