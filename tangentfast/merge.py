@@ -177,7 +177,7 @@ def _plain_call(
     if not rows or alphas is None or in_transform():
         return None
     names = list(rows[0])
-    if any(list(row) != names for row in rows[1:]):
+    if any(list(row) != names for row in rows[1:]) or not {*map(type, names)} <= {str}:
         return None
     try:
         bases = [entries[name] for name in names]
