@@ -170,6 +170,15 @@ def test_vectors_that_are_none(vectors: Any, message: str, alphas: Any) -> None:
             gram(vectors)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("alphas", [1.0, {"*": 1.0}, torch.ones(1, 2)], ids=["1", "*", "2-D"])
+@pytest.mark.parametrize("name", [1, None, ("a", 1), b"w"])
+def test_names_that_are_no_strings(name: Any, alphas: Any) -> None:
+    base: Any = {"w": torch.zeros(3), name: torch.zeros(3)}
+    with pytest.raises(TypeError, match=rf"has a {type(name).__name__} as its name, expected a s"):
+        merge_(base, dict.fromkeys(base, torch.ones(3)), alphas)
+    assert not any(t.any() for t in base.values())
+
+
 # Zero ---------------------------------------------------------------------------------------------
 
 ZEROS = [0, 0.0, -0.0, {"*": 0}, [0], [{"*": 0.0}], torch.zeros(1), torch.zeros(1, 1)]
