@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -360,8 +359,8 @@ def test_a_second_that_fails_leaves_the_first(
 
 
 def ranks(rank: int, port: int, world: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    where = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
 
 
 def free_port() -> int:
