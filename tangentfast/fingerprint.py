@@ -140,35 +140,47 @@ class Weights:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        self.prints: dict[str, str] = {}
+        self.prints: dict[str, tuple[str, ...]] = {}  # of what they were, and vectors knew them as
         for name, tensor in tensors.items():
-            written, print_before = _merged.get(tensor, (-1, ""))
+            written, before = _merged.get(tensor, (-1, ()))
             if written == version(tensor) and not tensor.is_inference():
-                self.prints[name] = print_before
-        new = Samples({n: t for n, t in tensors.items() if n not in self.prints})
-        self.prints |= {n: new.print(n) for n in new.values}
+                self.prints[name] = before
+        self._now: dict[str, str] = {}
+        self._sample([n for n in tensors if n not in self.prints])
+        self.prints |= {n: (p,) for n, p in self._now.items()}
         self._fingerprints: dict[tuple[str, ...], str] = {}
 
     def are(self, base: Base, names: Collection[str]) -> bool:
         """Whether they are a vector's base in its `names`, as far as both know them.
 
-        A base of before there were prints is compared by its fingerprint, of all `names`.
+        Each as it is now, or as it was before merges that changed nothing else. A base of before
+        there were prints is compared by its fingerprint, of all `names`, as they are now.
         """
         if not base.prints:
             key = tuple(names)
             if key not in self._fingerprints:
                 self._fingerprints[key] = fingerprint({n: self.tensors[n] for n in names})
             return base.fingerprint == self._fingerprints[key]
-        known = base.prints
-        return all(_same_print(known[n], self.prints[n]) for n in names if n in known)
+        known = {n: base.prints[n] for n in names if n in base.prints}
+        others = [n for n, p in known.items() if p not in self.prints[n]]  # most are, bit for bit
+        others = [n for n in others if not any(_same_print(known[n], p) for p in self.prints[n])]
+        self._sample([n for n in others if n not in self._now])
+        if not all(_same_print(known[n], self._now[n]) for n in others):
+            return False
+        self.prints |= {n: (*self.prints[n], self._now[n]) for n in others}
+        return True
 
     def merged(self) -> None:
         """Remember them: what is now in the tensors is these and what was merged into them."""
         for name, tensor in self.tensors.items():
             _merged[tensor] = version(tensor), self.prints[name]
 
+    def _sample(self, names: Collection[str]) -> None:
+        samples = Samples({n: self.tensors[n] for n in names})
+        self._now |= {n: samples.print(n) for n in names}
 
-# Tensor -> its version when merge_ had written it, and the print of what it was before any merge.
+
+# Tensor -> its version when merge_ had written it, and the prints of what it was before.
 _merged: Any = WeakIdKeyDictionary()
 
 
@@ -235,10 +247,9 @@ def _samples(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.numel() <= SAMPLES:
         return tensor.reshape(-1)
-    places = _places(tensor.numel(), tensor.device)
-    if tensor.is_contiguous():  # of any dtype
-        return tensor.view(-1)[places]
-    return tensor.take(places)  # without a copy of the whole
+    if tensor.is_contiguous():
+        return tensor.view(-1)[_places(tensor.numel(), tensor.device)]
+    return tensor[_indices(tensor.shape, tensor.device)]  # of any dtype, which take() is not
 
 
 @lru_cache(maxsize=1024)
@@ -246,3 +257,13 @@ def _places(total: int, device: torch.device) -> Tensor:
     """SAMPLES evenly spaced places among `total`, as int64."""
     places = [i * (total - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
     return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _indices(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """The places of a tensor of this shape: an index along each dimension."""
+    rest, indices = _places(shape.numel(), device), list[Tensor]()
+    for size in reversed(shape):
+        indices.insert(0, rest % size)
+        rest = rest // size
+    return tuple(indices)

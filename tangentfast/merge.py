@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tangentfast._torch import in_transform
 from tangentfast.coefficients import Alphas, Coefficients
 from tangentfast.fingerprint import Base, Weights
 from tangentfast.interrupts import held
@@ -83,7 +84,8 @@ def merge_(
 
     Warns:
         UserWarning: a vector is a difference to other weights than base (see `Base`). What merge_
-            itself has added to these very tensors does not count, until something else writes them.
+            has added to these very tensors, of vectors that know their base, does not count, until
+            something else writes them.
             A float16 base holds infinities afterwards: float16 ends at 65504. A ``running_var`` is
             negative afterwards, whose root batch norm takes.
     """
@@ -92,8 +94,13 @@ def merge_(
     call = _plain_call(entries, rows, coefficients)
     looked_at = call is None  # what the op checks as well is left to it, in the plain case
     call = call or _call(entries, rows, coefficients)
-    weights = _check_bases(base, entries, rows, strict_base)
-    infinite = _infinite(call)
+    try:
+        weights = _check_bases(base, entries, rows, strict_base)
+        infinite = _infinite(call)
+    except Exception:
+        if not looked_at:
+            _call(entries, rows, coefficients)  # a tensor that cannot be sampled has a name here
+        raise
     if not call.run(backend, raises=looked_at):
         # The op counts the tensor that does not fit. Here it has a name, and ties are no overlaps.
         call = _call(entries, rows, coefficients)
@@ -167,10 +174,10 @@ def _plain_call(
     Models have hundreds of tensors: what the op checks as well is left to it.
     """
     alphas = coefficients.same()
-    if not rows or alphas is None:
+    if not rows or alphas is None or in_transform():
         return None
     names = list(rows[0])
-    if any(list(row) != names for row in rows[1:]):
+    if any(list(row) != names for row in rows[1:]) or not {*map(type, names)} <= {str}:
         return None
     try:
         bases = [entries[name] for name in names]

@@ -54,6 +54,8 @@ class Target:
         """
         for name, tensor in vector.items():
             whole = f"merge_: {what}[{name!r}]"
+            if not isinstance(name, str):
+                raise TypeError(f"{whole} has a {type(name).__name__} as its name, expected a str")
             if isinstance(tensor, Mapping):
                 raise TypeError(
                     f"{whole} is a {type(tensor).__name__}, expected a tensor: vectors is one "
