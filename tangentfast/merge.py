@@ -94,13 +94,15 @@ def merge_(
     call = call or _call(entries, rows, coefficients)
     weights = _check_bases(base, entries, rows, strict_base)
     infinite = _infinite(call)
-    if not call.run(backend, raises=looked_at):
-        # The op counts the tensor that does not fit. Here it has a name, and ties are no overlaps.
-        call = _call(entries, rows, coefficients)
-        call.run(backend, raises=True)
-    if weights is not None:
-        weights.merged()
-    _warn_of_results(call, infinite)
+    with held():  # to the end: an exception of a handler means that nothing was written
+        if not call.run(backend, raises=looked_at):
+            # The op counts the tensor that does not fit. Here it has a name, and ties are no
+            # overlaps.
+            call = _call(entries, rows, coefficients)
+            call.run(backend, raises=True)
+        if weights is not None:
+            weights.merged()
+        _warn_of_results(call, infinite)
     return base
 
 
@@ -150,8 +152,7 @@ class _Call:
     def run(self, backend: str | None, raises: bool) -> bool:
         """Merge; False where the op refused, which has written nothing then, unless it `raises`."""
         try:
-            with held():
-                op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)
+            op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)
         except (TypeError, ValueError, RuntimeError):
             if raises:
                 raise
