@@ -22,8 +22,9 @@ class held:
     They are delivered in the main thread `DELAY` seconds after the block, when its caller can no
     longer take the exception of a handler for one of the block; or before the first block that
     begins after that, so that a loop over blocks stops. The handlers are those of before when the
-    block ends. In other threads, which no handler interrupts, and within another such block this
-    does nothing.
+    block ends. Of a signal that comes just when they are put back, an exception other than
+    KeyboardInterrupt comes out at the end of the block, after all of them are back. In other
+    threads, which no handler interrupts, and within another such block this does nothing.
     """
 
     def __enter__(self) -> None:

@@ -296,9 +296,9 @@ from tangentfast import interrupts
 from tangentfast.merge import merge_
 backend, dtype, size = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 before = signal.getsignal(signal.SIGINT)
-base = {f"p{i}": torch.randn(size).to(dtype) for i in range(12)}
+base = {f"p{i}": torch.randn(size).to(dtype) for i in range(60)}
 vectors = [{n: torch.randn(size).to(dtype) for n in base} for _ in range(3)]
-alphas = [0.5, -0.25, 1.0]
+alphas = [{"*": 0.5}, {"*": -0.25}, {"*": 1.0}]  # which takes longer before the first write
 def copy(): return {n: t.clone() for n, t in base.items()}
 def same(a, b): return all(torch.equal(a[n], b[n]) for n in a)
 new = merge_(copy(), vectors, alphas, backend=backend)
@@ -338,7 +338,7 @@ end = time.perf_counter() + 2
 while time.perf_counter() < end:
     target, thread, interrupted, came = copy(), None, True, 0
     try:
-        thread = kill_after(random.random() * 1.3 * whole)
+        thread = kill_after(random.random() * random.choice([1.3 * whole, 1e-3]))
         merge_(target, vectors, alphas, backend=backend)
         interrupted = False
         came = 1  # what comes from here on is not of merge_
@@ -352,7 +352,7 @@ while time.perf_counter() < end:
     assert not interrupts._pending and not interrupts._holding
     assert same(target, base if interrupted else new), (interrupted, counts)
     counts["old" if interrupted else "new"] += 1
-assert min(counts.values()) > 5, counts
+assert min(counts.values()) > 0, counts
 print(counts)
 """
 
@@ -361,7 +361,7 @@ print(counts)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_base_is_old_or_new(backend: str, dtype: str) -> None:
-    run_child(MOMENTS, backend, dtype, 60_000)
+    run_child(MOMENTS, backend, dtype, 4_000)
 
 
 LOOP = """
@@ -387,7 +387,7 @@ assert same(target, again) or same(target, after)  # the last was done, or not b
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loop_of_merges_stops(backend: str) -> None:
-    run_child(LOOP, backend, "float32", 20_000)
+    run_child(LOOP, backend, "float32", 4_000)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
