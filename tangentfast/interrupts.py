@@ -12,6 +12,7 @@ _NAMES = "SIGINT SIGTERM SIGHUP SIGQUIT SIGALRM SIGVTALRM SIGPROF SIGUSR1 SIGUSR
 _SIGNALS = [getattr(signal, name) for name in _NAMES.split() if hasattr(signal, name)]
 
 _pending: dict[int, bool] = {}  # signals that came, in their order -> whether they are due
+_came = 0  # signals that were held, ever
 _holding = False
 
 
@@ -21,8 +22,9 @@ class held:
     They are delivered in the main thread `DELAY` seconds after the block, when its caller can no
     longer take the exception of a handler for one of the block; or before the first block that
     begins after that, so that a loop over blocks stops. The handlers are those of before when the
-    block ends. In other threads, which no handler interrupts, and within another such block this
-    does nothing.
+    block ends. Of a signal that comes just when they are put back, an exception other than
+    KeyboardInterrupt comes out at the end of the block, after all of them are back. In other
+    threads, which no handler interrupts, and within another such block this does nothing.
     """
 
     def __enter__(self) -> None:
@@ -46,22 +48,34 @@ class held:
         global _holding
         if self.handlers:
             _holding = False
-            if _pending:
-                _deliver_later()
             self._give_back()
 
     def _give_back(self) -> None:
-        while self.handlers:
+        """Put the old handlers back, and set a timer for what is pending, whatever comes."""
+        seen = -1
+        error: BaseException | None = None
+        while True:
             try:
+                if _pending and seen != _came:
+                    seen = _came
+                    _deliver_later()
                 for number, handler in list(self.handlers.items()):
                     signal.signal(number, handler)
                     del self.handlers[number]
+                if not _pending or seen == _came:  # or else it came since the timer began
+                    if error is None:
+                        return  # here: after the loop, an exception would come out
+                    break
             except KeyboardInterrupt:  # it came when the block was done, and its caller goes on
                 _hold(signal.SIGINT, None)
-                _deliver_later()
+            except BaseException as other:  # of another handler: all the same the rest
+                error = other
+        raise error
 
 
 def _hold(number: int, _: object) -> None:
+    global _came
+    _came += 1
     _pending.setdefault(number, False)
 
 

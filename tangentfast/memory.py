@@ -50,7 +50,10 @@ def place(tensor: Tensor) -> Hashable:
         if pointer == 0:
             return id(tensor)
         flags = tensor.is_conj(), tensor.is_neg()  # of the same memory, but other values
-        return tensor.device, pointer, tensor.dtype, tensor.shape, tensor.stride(), flags
+        shape, stride = tensor.shape, tensor.stride()
+        if 1 in shape:  # where no step is made, its length says nothing
+            stride = tuple(s for n, s in zip(shape, stride, strict=True) if n > 1)
+        return tensor.device, pointer, tensor.dtype, shape, stride, flags
     except RuntimeError:  # sparse and nested tensors, those of torch.func, ...
         return id(tensor)
 

@@ -70,8 +70,8 @@ def merge_(
               ``named_parameters()``, then those of ``named_buffers()`` that are in its state
               dict; of a mapping its own order; of a `LinearizedModel` ``tau``.
 
-            Where α is 0 the vector is not read: its NaN does not pass. A tensor that requires grad
-            raises, under grad mode: merge_ is not differentiable.
+            Where α is 0 the vector is not read: its NaN does not pass. Alphas that require grad
+            raise, under grad mode: merge_ is not differentiable.
         strict_base: raise instead of warn when a vector is a difference to other weights.
         backend: ``"native"`` or ``"reference"``; None takes TANGENTFAST_BACKEND, or the best.
 
@@ -101,13 +101,15 @@ def merge_(
         if not looked_at:
             _call(entries, rows, coefficients)  # a tensor that cannot be sampled has a name here
         raise
-    if not call.run(backend, raises=looked_at):
-        # The op counts the tensor that does not fit. Here it has a name, and ties are no overlaps.
-        call = _call(entries, rows, coefficients)
-        call.run(backend, raises=True)
-    if weights is not None:
-        weights.merged()
-    _warn_of_results(call, infinite)
+    with held():  # to the end: an exception of a handler means that nothing was written
+        if not call.run(backend, raises=looked_at):
+            # The op counts the tensor that does not fit. Here it has a name, and ties are no
+            # overlaps.
+            call = _call(entries, rows, coefficients)
+            call.run(backend, raises=True)
+        if weights is not None:
+            weights.merged()
+        _warn_of_results(call, infinite)
     return base
 
 
@@ -157,8 +159,7 @@ class _Call:
     def run(self, backend: str | None, raises: bool) -> bool:
         """Merge; False where the op refused, which has written nothing then, unless it `raises`."""
         try:
-            with held():
-                op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)
+            op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)
         except (TypeError, ValueError, RuntimeError):
             if raises:
                 raise

@@ -90,6 +90,11 @@ TF_INLINE void only_run(const Term* terms, int64_t at, int64_t n, V* base) {
   merge_elements(run, i, n, base, S());
 }
 
+// What is merged most has runs of every width, so that two of them are alike; the rest has those of
+// powers of 2, which take less to compile.
+template <class V, class S>
+constexpr bool kAnyWidth = sizeof(V) == 4 && sizeof(S) == sizeof(double);
+
 template <class V, class S>
 TF_INLINE void add_terms(const Term* terms, int64_t width, int64_t at, int64_t n, S* sums,
                          bool first, const Term* next, int64_t next_at) {
@@ -98,6 +103,9 @@ TF_INLINE void add_terms(const Term* terms, int64_t width, int64_t at, int64_t n
     return first ? add_run<w, true, V>(terms, at, n, sums, next, next_at)      \
                  : add_run<w, false, V>(terms, at, n, sums, next, next_at);
   switch (width) { TF_RUN(8) TF_RUN(4) TF_RUN(2) TF_RUN(1) }
+  if constexpr (kAnyWidth<V, S>) {
+    switch (width) { TF_RUN(7) TF_RUN(6) TF_RUN(5) TF_RUN(3) }
+  }
 #undef TF_RUN
 }
 
@@ -203,6 +211,18 @@ TF_INLINE const Term* terms_of(const MergeItem& item, int64_t k, int64_t width, 
   return gathered->terms;
 }
 
+// How many of `run` terms of a type are read side by side.
+template <class S>
+TF_INLINE int64_t run_width(Type type, int64_t run) {
+  if (kAnyWidth<float, S> && type == Type::f32) {
+    const int64_t runs = (run + 7) / 8;
+    return (run + runs - 1) / runs;
+  }
+  int64_t width = 8;
+  while (width > run) width /= 2;
+  return width;
+}
+
 template <class S>
 TF_INLINE void merge_block(const MergeItem& item, int64_t at, int64_t n, S* sums,
                            Gathered* gathered) {
@@ -214,9 +234,9 @@ TF_INLINE void merge_block(const MergeItem& item, int64_t at, int64_t n, S* sums
     const Term* const terms = terms_of(item, 0, item.count, at, n, gathered);
     whole(sums, item.type, terms, item.count, from, n, base);
   } else {
-    for (int64_t k = 0, width = 8; k < item.count; k += width, width = 8) {
-      const int64_t run = run_length(item.terms + k, std::min(width, item.count - k));
-      while (width > run) width /= 2;
+    for (int64_t k = 0, width = 0; k < item.count; k += width) {
+      const int64_t run = run_length(item.terms + k, item.count - k);
+      width = run_width<S>(item.terms[k].type, run);
       const Term* const terms = terms_of(item, k, width, at, n, gathered);
       const bool last = k + width == item.count;
       const Term* const next = item.terms + (last ? 0 : std::min(k + width, item.count - width));
