@@ -86,8 +86,8 @@ def merge_(
         UserWarning: a vector is a difference to other weights than base (see `Base`). What merge_
             has added to these very tensors, of vectors that know their base, does not count, until
             something else writes them.
-            A float16 base holds infinities afterwards: float16 ends at 65504. A ``running_var`` is
-            negative afterwards, whose root batch norm takes.
+            And after the write: a float16 base holds infinities now (float16 ends at 65504), or a
+            ``running_var`` is negative, whose root batch norm takes.
     """
     entries, rows = entries_of(base), _rows(vectors)
     coefficients = Coefficients(alphas, len(rows))
@@ -102,11 +102,15 @@ def merge_(
             _call(entries, rows, coefficients)  # a tensor that cannot be sampled has a name here
         raise
     with held():  # to the end: an exception of a handler means that nothing was written
-        if not call.run(backend, raises=looked_at):
-            # The op counts the tensor that does not fit. Here it has a name, and ties are no
-            # overlaps.
+        refusal = call.run(backend)
+        if refusal is not None and not looked_at:
+            # The op counts the tensor that does not fit. Here it has a name, ties are no overlaps,
+            # and complex numbers are pairs.
+            again = any(map(torch.is_complex, call.bases)) or not isinstance(refusal, RuntimeError)
             call = _call(entries, rows, coefficients)
-            call.run(backend, raises=True)
+            refusal = call.run(backend) if again else refusal
+        if refusal is not None:
+            raise refusal
         if weights is not None:
             weights.merged()
         _warn_of_results(call, infinite)
@@ -156,15 +160,13 @@ class _Call:
     counts: list[int]
     alphas: list[float]
 
-    def run(self, backend: str | None, raises: bool) -> bool:
-        """Merge; False where the op refused, which has written nothing then, unless it `raises`."""
+    def run(self, backend: str | None) -> Exception | None:
+        """Merge; returns the error where the op refused, which has written nothing then."""
         try:
             op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)
-        except (TypeError, ValueError, RuntimeError):
-            if raises:
-                raise
-            return False
-        return True
+        except (TypeError, ValueError, RuntimeError) as error:
+            return error
+        return None
 
 
 def _plain_call(

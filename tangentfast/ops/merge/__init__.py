@@ -47,9 +47,8 @@ def merge_(
         ValueError, TypeError: a shape, dtype or device does not fit, or bases share memory.
         RuntimeError: a base was made in inference mode, and this is not; or no such backend.
     """
-    if any(
-        map(attrgetter("is_meta"), chain(bases, vectors))
-    ):  # the kernel for shapes would do nothing
+    # The op has a kernel for shapes alone, which would do nothing, silently.
+    if any(map(attrgetter("is_meta"), chain(bases, vectors))):
         raise ValueError("merge_: a tensor is on meta, expected tensors with memory")
     devices = {base.device for base in bases}
     backends = {device: choose("merge_", device, backend) for device in devices}
