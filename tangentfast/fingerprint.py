@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -142,7 +142,8 @@ class Weights:
         self.tensors = tensors
         self.prints: dict[str, tuple[str, ...]] = {}  # of what they were, and vectors knew them as
         for name, tensor in tensors.items():
-            written, before = _merged.get(tensor, (-1, ()))
+            owner, place = _memory(tensor)
+            written, before = _merged.get(owner, {}).get(place, (-1, ()))
             if written == version(tensor) and not tensor.is_inference():
                 self.prints[name] = before
         self._now: dict[str, str] = {}
@@ -173,15 +174,26 @@ class Weights:
     def merged(self) -> None:
         """Remember them: what is now in the tensors is these and what was merged into them."""
         for name, tensor in self.tensors.items():
-            _merged[tensor] = version(tensor), self.prints[name]
+            owner, place = _memory(tensor)
+            _merged.setdefault(owner, {})[place] = version(tensor), self.prints[name]
 
     def _sample(self, names: Collection[str]) -> None:
         samples = Samples({n: self.tensors[n] for n in names})
         self._now |= {n: samples.print(n) for n in names}
 
 
-# Tensor -> its version when merge_ had written it, and the prints of what it was before.
+# Memory -> its version when merge_ had written it, and the prints of what it was before.
 _merged: Any = WeakIdKeyDictionary()
+
+
+def _memory(tensor: Tensor) -> tuple[object, Hashable]:
+    """What lives as long as a tensor's memory, and where in it the tensor is.
+
+    Tensors of a state dict are new ones in each, on the same storages.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return tensor, None
+    return tensor.untyped_storage(), (tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -84,7 +84,7 @@ def merge_(
 
     Warns:
         UserWarning: a vector is a difference to other weights than base (see `Base`). What merge_
-            has added to these very tensors, of vectors that know their base, does not count, until
+            has added to this very memory, of vectors that know their base, does not count, until
             something else writes them.
             And after the write: a float16 base holds infinities now (float16 ends at 65504), or a
             ``running_var`` is negative, whose root batch norm takes.

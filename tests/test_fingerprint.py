@@ -462,3 +462,16 @@ def test_prints_see_what_a_half_can_hold() -> None:
         assert same(weights, cast(weights, dtype))
         assert same(cast(weights, dtype), weights)
     assert not same(cast(weights, HALVES[0]), cast(weights, HALVES[1]))
+
+
+def test_state_dicts_taken_anew_are_the_same_memory() -> None:
+    model, other = nn.Linear(70, 3), nn.Linear(70, 3)
+    vector = TaskVector.from_checkpoints(model, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for base in (model.state_dict(), model, model.state_dict()):
+            merge_(base, vector, 0.5)
+    with torch.no_grad():
+        model.weight.add_(0.01)
+    with pytest.warns(UserWarning, match="which is not the base given"):
+        merge_(model.state_dict(), vector, 0.5)
