@@ -13,16 +13,21 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 STEP = 12  # between the shades of two classes: JPEG shifts a plain colour by less than half of it
 
 
 def paint(label: int, size: tuple[int, int] = (10, 8)) -> Image.Image:
+    from PIL import Image  # not there without the extras, which files and limits do without
+
     return Image.new("RGB", size, (STEP * (label % 20), STEP * (label // 20), 128))
 
 
