@@ -25,15 +25,21 @@ inline Extent extent_of(const at::Tensor& tensor, size_t index) {
   return {begin, begin + (last + 1) * tensor.element_size(), index};
 }
 
+// (stride, size) of the dimensions of more than one element, the smallest stride first.
+inline std::vector<std::pair<int64_t, int64_t>> steps_of(const at::Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) steps.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(steps.begin(), steps.end());
+  return steps;
+}
+
 // The bytes of a tensor as runs [begin, end) without gaps, of which none is empty.
 inline void add_runs(const at::Tensor& tensor, std::vector<std::pair<uintptr_t, uintptr_t>>& runs) {
   const auto start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   const int64_t item = tensor.element_size();
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size), the smallest stride first
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
+  const auto dims = steps_of(tensor);
   size_t outer = 0;
   int64_t run = 1;  // elements that lie one after the other
   while (outer < dims.size() && dims[outer].first == run) run *= dims[outer++].second;
@@ -53,13 +59,8 @@ inline void add_runs(const at::Tensor& tensor, std::vector<std::pair<uintptr_t, 
 // Whether the strides alone show that no two elements share memory: each step is longer than all
 // that the smaller ones can reach.
 inline bool strides_are_apart(const at::Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
   int64_t reach = 0;
-  for (const auto& [stride, size] : dims) {
+  for (const auto& [stride, size] : steps_of(tensor)) {
     if (stride <= reach) return false;
     reach += stride * (size - 1);
   }
