@@ -39,6 +39,21 @@ def in_forward_ad() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def in_dispatch_mode() -> bool:
+    """Whether a TorchDispatchMode (a tracer, a counter of FLOPs) sees what runs."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def process_group_store() -> Any:
+    """The key-value store that the ranks of a distributed run share; None for a rank alone."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if distributed.get_world_size() == 1:
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
 def subclassed(cls: type, tensor: Tensor, requires_grad: bool) -> Any:
     """`tensor` as a leaf of class `cls` on the same memory, without its graph."""
     return Tensor._make_subclass(cls, tensor, requires_grad)
