@@ -8,7 +8,7 @@
 #include "../checks.h"
 #include "kernel.h"
 
-namespace tangentfast {
+namespace tangentfast::attention {
 namespace {
 
 using Tangents = c10::List<std::optional<at::Tensor>>;
@@ -100,14 +100,19 @@ class Arguments {
   std::vector<at::Tensor> kept_;
 };
 
-// [N, H, rows, columns] with the heads beside each other, and batch and rows in the order of `like`:
-// joining the heads again is free, in batch-first and in sequence-first models.
-at::Tensor heads_inside(const at::Tensor& like, int64_t columns) {
+// `count` tensors [N, H, rows, columns] on top of each other, the heads of all beside each other, and
+// batch and rows in the order of `like`: joining them again is free, in batch-first and in
+// sequence-first models.
+at::Tensor heads_inside(const at::Tensor& like, int64_t columns, int64_t count) {
   const int64_t batch = like.size(0), heads = like.size(1), rows = like.size(2);
   if (like.stride(0) < like.stride(2) && batch > 1) {
-    return at::empty({rows, batch, heads, columns}, like.options()).permute({1, 2, 0, 3});
+    return at::empty({rows, batch, count, heads, columns}, like.options()).permute({2, 1, 3, 0, 4});
   }
-  return at::empty({batch, rows, heads, columns}, like.options()).transpose(1, 2);
+  return at::empty({batch, rows, count, heads, columns}, like.options()).permute({2, 0, 3, 1, 4});
+}
+
+at::Tensor heads_inside(const at::Tensor& like, int64_t columns) {
+  return heads_inside(like, columns, 1)[0];
 }
 
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
@@ -170,10 +175,10 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
   return {o, lse, dos};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
+std::vector<at::Tensor> attention_backward_cpu(
     const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& o, const at::Tensor& lse, const std::optional<at::Tensor>& mask, bool causal,
-    double scale) {
+    double scale, bool packed) {
   Arguments arguments("attention_backward");
   arguments.check_operands(q, k, v, mask);
   const int64_t batch = q.size(0), shared = k.size(1);
@@ -181,29 +186,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
   arguments.check("grad", grad, o.sizes(), q.scalar_type());
   arguments.check("lse", lse, {batch, q.size(1), q.size(2)}, Arguments::wide(q));
 
-  at::Tensor dq = heads_inside(q, q.size(3)), dk = heads_inside(k, k.size(3));
-  at::Tensor dv = heads_inside(v, v.size(3));
+  std::vector<at::Tensor> outputs, grads;
+  if (packed) {
+    arguments.check("k", k, q.sizes(), q.scalar_type());
+    arguments.check("v", v, q.sizes(), q.scalar_type());
+    outputs = {heads_inside(q, q.size(3), 3)};
+    grads = outputs[0].unbind(0);
+  } else {
+    for (const at::Tensor& x : {q, k, v}) outputs.push_back(heads_inside(x, x.size(3)));
+    grads = outputs;
+  }
   AttentionBackward call;
   arguments.set(call, q, k, v, mask, causal, scale);
   call.o = arguments.operand(o);
   call.grad = arguments.operand(grad);
   call.lse = Arguments::vector(lse);
-  call.dq = arguments.operand(dq);
-  call.dk = arguments.operand(dk);
-  call.dv = arguments.operand(dv);
+  call.dq = arguments.operand(grads[0]);
+  call.dk = arguments.operand(grads[1]);
+  call.dv = arguments.operand(grads[2]);
   at::parallel_for(0, batch * shared, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor scratch = at::empty({attention_backward_scratch(call)}, at::kByte);
     for (int64_t task = begin; task < end; ++task) {
       attention_backward_kernel(call, task / shared, task % shared, scratch.data_ptr());
     }
   });
-  return {dq, dk, dv};
+  return outputs;
 }
 
 }  // namespace
-}  // namespace tangentfast
+}  // namespace tangentfast::attention
 
 TORCH_LIBRARY_IMPL(tangentfast, CPU, m) {
-  m.impl("attention_jvp", &tangentfast::attention_jvp_cpu);
-  m.impl("attention_backward", &tangentfast::attention_backward_cpu);
+  m.impl("attention_jvp", &tangentfast::attention::attention_jvp_cpu);
+  m.impl("attention_backward", &tangentfast::attention::attention_backward_cpu);
 }
