@@ -25,8 +25,14 @@ forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 in_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-# Whether an op has a kernel for a key of the dispatcher: ("aten::relu", "CPU").
-has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an op, defined or not, has a kernel for a key of the dispatcher: ``"aten::relu"``,
+    ``"CPU"``.
+    """
+    dispatch = torch._C
+    return dispatch._dispatch_has_kernel(op) and dispatch._dispatch_has_kernel_for_dispatch_key(
+        op, key
+    )
 
 
 def in_backward() -> bool:

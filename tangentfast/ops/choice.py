@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from tangentfast import _torch
+from tangentfast._torch import in_dispatch_mode, process_group_store
 
 Run = Callable[[], Any]
 
@@ -107,7 +107,7 @@ class Choice:
 
 def _measurable(device: torch.device) -> bool:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not (capturing or torch.compiler.is_compiling() or _torch.in_dispatch_mode())
+    return not (capturing or torch.compiler.is_compiling() or in_dispatch_mode())
 
 
 def _measure(device: torch.device, runs: dict[str, Run]) -> Chosen:
@@ -129,7 +129,7 @@ def _measure(device: torch.device, runs: dict[str, Run]) -> Chosen:
 
 def _agree(key: str, measure: Callable[[], Chosen]) -> Chosen:
     """What the first rank to ask measured."""
-    store = _torch.process_group_store()
+    store = process_group_store()
     if store is None:
         return measure()
     name = f"tangentfast/{hashlib.sha256(key.encode()).hexdigest()}"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangentfast.ops.linear import LinearTangent, is_patches, linear_jvp, patches_jvp
+from tangentfast.passes import narrow_tangents
 from tangentfast.rules.autocast import autocast_dtype, narrow
 from tangentfast.rules.registry import RULES, Inexact, Jvp, add, evaluate, functions, fused, rule
 
@@ -59,7 +60,8 @@ def linear(
 ) -> tuple[Tensor, list[Any]]:
     dtype = autocast_dtype(input)
     if dtype is None:
-        return linear_jvp(input, weight, bias, [row and LinearTangent(*row) for row in tangents])
+        rows = [row and LinearTangent(*row) for row in tangents]
+        return linear_jvp(input, weight, bias, rows, narrow=narrow_tangents())
     rows = [row and LinearTangent(*(narrow(t, dtype) for t in row)) for row in tangents]
     input, weight, bias = (narrow(x, dtype) for x in (input, weight, bias))
     with torch.autocast(input.device.type, enabled=False):
@@ -148,7 +150,7 @@ def _convolution(function: Callable[..., Any]) -> None:
         weight = narrow(weight, autocast_dtype(weight))
         if is_patches(input, weight, *options):
             rows = [row and LinearTangent(*row[:3]) for row in tangents]
-            return patches_jvp(input, weight, bias, rows)
+            return patches_jvp(input, weight, bias, rows, narrow=narrow_tangents())
         return _convolution_jvp(function, input, weight, bias, options, tangents)
 
 
