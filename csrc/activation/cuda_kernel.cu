@@ -79,7 +79,6 @@ void launch_kind(Launch& launch, int64_t whole, int64_t numel, cudaStream_t stre
     TF_KIND(Activation::gelu)
     TF_KIND(Activation::gelu_tanh)
     TF_KIND(Activation::silu)
-    TF_KIND(Activation::sigmoid)
   }
 #undef TF_KIND
 }

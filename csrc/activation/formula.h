@@ -2,7 +2,6 @@
 //   gelu        x P(x)                  with P, p the normal distribution and its density
 //   gelu_tanh   x s(2 sqrt(2/pi) (x + 0.044715 x^3))    since (1 + tanh u) / 2 = s(2u)
 //   silu        x s(x)                  with s(v) = 1 / (1 + e^-v)
-//   sigmoid     s(x)
 // Branch-free, of additions, multiplications and one division, so that compilers vectorise them on
 // any instruction set and all give the same bits. `narrow` is for numbers that are stored in 16
 // bits: shorter approximations, whose errors are less than a tenth of a rounding of half.
@@ -13,7 +12,7 @@
 
 namespace tangentfast::activation {
 
-enum class Activation : int32_t { gelu, gelu_tanh, silu, sigmoid };
+enum class Activation : int32_t { gelu, gelu_tanh, silu };
 
 template <class Acc>
 TF_INLINE Acc in_pairs(Acc, Acc, Acc c) {
@@ -50,9 +49,15 @@ TF_INLINE double where_negative(double x, double a, double b) {
   return bit_cast<double>((bit_cast<uint64_t>(a) & mask) | (bit_cast<uint64_t>(b) & ~mask));
 }
 
-// For x without a sign; NaN stays NaN.
-template <class Acc>
-TF_INLINE Acc at_most(Acc x, Acc limit) { return where_negative(limit - x, limit, x); }
+// For x without a sign: bits are in the order of the numbers, and a NaN becomes the limit.
+TF_INLINE float at_most(float x, float limit) {
+  const int32_t a = bit_cast<int32_t>(x), b = bit_cast<int32_t>(limit);
+  return bit_cast<float>(a < b ? a : b);
+}
+TF_INLINE double at_most(double x, double limit) {
+  const int64_t a = bit_cast<int64_t>(x), b = bit_cast<int64_t>(limit);
+  return bit_cast<double>(a < b ? a : b);
+}
 
 // 2^u for -190 <= u <= 0. n = round(u) by the adder: 1.5 * 2^23 leaves no fraction, and n + 191 in
 // the low bits; moved into the exponent they are 2^(n + 64), and 2^-64 brings what is below the
@@ -126,20 +131,14 @@ TF_INLINE Dual<Acc> gelu(Acc x) {
   return {x * below, below + x * (e * Acc(0.39894228040143268))};
 }
 
-// s(v), and s'(v) = s(v) (1 - s(v)) without its cancellation.
+// x s(v(x)), v' = dv, with s'(v) = s(v) (1 - s(v)) without its cancellation.
 template <bool narrow, class Acc>
-TF_INLINE Dual<Acc> sigmoid(Acc v) {
+TF_INLINE Dual<Acc> gated_by_sigmoid(Acc x, Acc v, Acc dv) {
   const Acc size = at_most(magnitude(v), exp_limit<Acc>());
   const Acc e = exp2_below<narrow>(size * Acc(-1.4426950408889634));
   const Acc s = 1 / (1 + e);
-  return {where_negative(v, e * s, s), e * s * s};
-}
-
-// x s(v(x)), v' = dv.
-template <bool narrow, class Acc>
-TF_INLINE Dual<Acc> gated_by_sigmoid(Acc x, Acc v, Acc dv) {
-  const Dual<Acc> s = sigmoid<narrow>(v);
-  return {x * s.value, s.value + x * dv * s.slope};
+  const Acc value = where_negative(v, e * s, s);
+  return {x * value, value + x * dv * (e * s * s)};
 }
 
 template <Activation kind, bool narrow, class Acc>
@@ -152,10 +151,9 @@ TF_INLINE Dual<Acc> value_and_slope(Acc x) {
       return gated_by_sigmoid<narrow>(x, scale * x * (1 + Acc(0.044715) * square),
                                       scale * (1 + Acc(0.134145) * square));
     }
-    case Activation::silu: return gated_by_sigmoid<narrow>(x, x, Acc(1));
-    case Activation::sigmoid: break;
+    case Activation::silu: break;
   }
-  return sigmoid<narrow>(x);
+  return gated_by_sigmoid<narrow>(x, x, Acc(1));
 }
 
 }  // namespace tangentfast::activation

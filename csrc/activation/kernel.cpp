@@ -26,8 +26,6 @@ TF_INLINE void activate(Activation kind, const Acc* x, int64_t n, Acc* value, Ac
     case Activation::gelu_tanh:
       return values_and_slopes<Activation::gelu_tanh, narrow>(x, n, value, slope);
     case Activation::silu: return values_and_slopes<Activation::silu, narrow>(x, n, value, slope);
-    case Activation::sigmoid:
-      return values_and_slopes<Activation::sigmoid, narrow>(x, n, value, slope);
   }
 }
 

@@ -17,10 +17,9 @@ using Result = std::tuple<at::Tensor, std::vector<at::Tensor>>;  // y, dy
 inline Activation activation_named(c10::string_view kind) {
   if (kind == "gelu") return Activation::gelu;
   if (kind == "gelu_tanh") return Activation::gelu_tanh;
-  if (kind == "silu") return Activation::silu;
-  TORCH_CHECK_VALUE(kind == "sigmoid", "activation_jvp: kind is '", kind,
-                    "', expected gelu, gelu_tanh, silu or sigmoid");
-  return Activation::sigmoid;
+  TORCH_CHECK_VALUE(kind == "silu", "activation_jvp: kind is '", kind,
+                    "', expected gelu, gelu_tanh or silu");
+  return Activation::silu;
 }
 
 // The step from row to row where `tensor` is rows of contiguous numbers at equal steps; else -1.

@@ -1,4 +1,4 @@
-"""GELU, SiLU and sigmoid with K tangents: y and every dy in one pass over x."""
+"""GELU and SiLU with K tangents: y and every dy in one pass over x."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def activation_jvp(
     Args:
         x: [...], float64, float32, float16 or bfloat16; its rows, and those of its tangents, may be
             parts of longer ones, as ``chunk(2, -1)`` gives them.
-        kind: f: ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"sigmoid"``.
+        kind: f: ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         tangents: K tensors dx, like x, or None.
         backend: ``"native"``, ``"reference"`` or None (see `ops.backend`).
 

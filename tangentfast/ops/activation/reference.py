@@ -18,7 +18,6 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Te
         lambda dx, x: aten.gelu_backward(dx, x, approximate="tanh"),
     ),
     "silu": (F.silu, aten.silu_backward),
-    "sigmoid": (torch.sigmoid, lambda dx, x: aten.sigmoid_backward(dx, torch.sigmoid(x))),
 }
 
 
