@@ -5,7 +5,7 @@ In this order: metadata, a write in place, the function's rule, the exact fallba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tangentfast import _torch, inplace
+from tangentfast._torch import version
 from tangentfast.dual import Dual, like, make_dual, name_of, plain, rebuild, wrap
 from tangentfast.fallback import Underivable, fallback, random_state
 from tangentfast.graph import origins
@@ -34,20 +35,21 @@ def _open(
     columns: list[Sequence[Any]] = []
     none = (None,) * pass_.k
     for x in args:
+        column: Sequence[Any] = none
         kind = type(x)
         if kind is Dual:
-            if x.owner is not pass_ or x.version != _torch.version(x.primal):
+            primal = x.primal
+            if x.owner is not pass_ or x.version != version(primal):
                 _check_current(func, x, pass_)
-            primals.append(x.primal)
-            columns.append(x.tangents if pass_.k else none)
-        elif kind in _CONSTANTS:
-            primals.append(x)
-            columns.append(none)
-        else:
-            primals.append(_primal(func, x, pass_))
-            columns.append(
-                [_tangent(x, k) for k in range(pass_.k)] if isinstance(x, (tuple, list)) else none
-            )
+            if none:
+                column = x.tangents
+            x = primal
+        elif kind not in _CONSTANTS:
+            if isinstance(x, (tuple, list)):
+                column = [_tangent(x, k) for k in range(pass_.k)]
+            x = _primal(func, x, pass_)
+        primals.append(x)
+        columns.append(column)
     return primals, [_row(row) for row in zip(*columns, strict=True)]
 
 
@@ -90,7 +92,7 @@ def _check_current(func: Callable[..., Any], x: Dual, pass_: Pass) -> None:
             "belongs to that one. Detach what you keep between forwards (caches: "
             "use_cache=False)."
         )
-    if x.version != _torch.version(x.primal):
+    if x.version != version(x.primal):
         raise RuntimeError(
             f"{name_of(func)} in {pass_.where()} got a tensor whose memory was "
             "written in place through another tensor (a view, detach() or no_grad), so that "
@@ -180,18 +182,24 @@ def _structural(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwarg
         kwargs = dict(kwargs)
         args = [kwargs.pop("input" if "input" in kwargs else next(iter(kwargs)))]
     primals, rows = _open(func, args, pass_)
-    options = {n: _primal(func, v, pass_) for n, v in kwargs.items()}
-    further = any(type(x) is Dual for x in (*args[1:], *kwargs.values()))
-    if (further and rule.kind == "linear") or (
+    options = {n: _primal(func, v, pass_) for n, v in kwargs.items()} if kwargs else kwargs
+    if (rule.kind == "linear" and _any_dual(args[1:], kwargs)) or (
         not rule.complex and _any_complex((*primals, *options.values()))
     ):
         return _fall_back(func, args, kwargs, pass_)
     y = func(*primals, **options)
     if rule.kind == "constant":
         return y.detach() if isinstance(y, Tensor) else y
-    del primals[0]
-    dys = evaluate(lambda dx, *_: func(dx, *primals, **options), rows)
+    rest = primals[1:]
+    dys = evaluate(lambda dx, *_: func(dx, *rest, **options), rows)
     return wrap(y, dys, pass_, args)
+
+
+def _any_dual(args: Sequence[Any], kwargs: Options) -> bool:
+    for x in (*args, *kwargs.values()):  # noqa: SIM110 (a generator costs more than the loop)
+        if type(x) is Dual:
+            return True
+    return False
 
 
 def _by_rule(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
@@ -266,7 +274,7 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> 
     """This thread's pass, or on a thread of the model's own that of the arguments."""
     pass_ = current()
     if pass_ is None or pass_ is REPLAY:
-        owners = [x.owner for x in _leaves((args, kwargs)) if type(x) is Dual]
+        owners = [x.owner for x in tree_leaves((args, kwargs)) if type(x) is Dual]
         if pass_ is None:
             pass_ = next((owner for owner in owners if owner.active), None)
         elif any(owner.strict for owner in owners):
@@ -277,19 +285,9 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> 
             "had finished. Take tensors from the outputs of the linearized model, or detach them "
             "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
-    if pass_.active:
+    if pass_.active and _torch.in_transform():
         pass_.check_no_transform(name_of(func))
     return pass_
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (tuple, list)):
-        for x in tree:
-            yield from _leaves(x)
-    elif isinstance(tree, dict):
-        yield from _leaves(list(tree.values()))
-    else:
-        yield tree
 
 
 def _plain(args: Sequence[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tangentfast import _torch
+from tangentfast._torch import subclassed, version
 from tangentfast.passes import Pass
 
 
@@ -65,7 +65,7 @@ class Dual(Tensor):
         self.primal = primal
         self.tangents = tuple(tangents)
         self.owner = pass_
-        self.version = _torch.version(primal)
+        self.version = version(primal)
         if pass_.k:
             pass_.handles.add(self)
 
@@ -74,7 +74,7 @@ def make_dual(primal: Tensor, tangents: Sequence[Tensor | None], pass_: Pass) ->
     """The handle of a plain `primal`; each tangent has its shape and dtype."""
     # A leaf that requires grad: what is computed from the handle itself, past the rules, has a
     # graph that leads to it. Torch marks no inference tensor.
-    handle: Dual = _torch.subclassed(Dual, primal, not primal.is_inference())
+    handle: Dual = subclassed(Dual, primal, not primal.is_inference())
     handle.begin(primal, tangents, pass_)
     return handle
 
@@ -90,8 +90,7 @@ def like(y: Tensor, dy: Tensor | None) -> Tensor | None:
         return None
     if dy.dtype != y.dtype:
         dy = dy.to(y.dtype)
-    shape = y.shape
-    return dy if dy.shape == shape else dy.expand(shape)
+    return dy if dy.shape == y.shape else dy.expand(y.shape)
 
 
 def wrap(y: Any, dys: Sequence[Any], pass_: Pass, given: Sequence[Any]) -> Any:
@@ -120,8 +119,14 @@ def _wrap_tensor(y: Tensor, dys: Sequence[Any], pass_: Pass, given: Sequence[Any
             return x  # the function returned its argument: contiguous(), dropout in eval mode
     if not (y.is_floating_point() or y.is_complex()):
         return y
-    tangents = [like(y, dy) for dy in dys]
-    if pass_.k and all(dy is None for dy in tangents):
+    moves = not pass_.k  # a replay, where everything may
+    tangents = []
+    for dy in dys:
+        if dy is not None:
+            moves = True
+            dy = like(y, dy)
+        tangents.append(dy)
+    if not moves:
         if pass_.strict and y.requires_grad:
             y = y.detach()  # the derivative is zero; a graph would say otherwise to the checks
         return y

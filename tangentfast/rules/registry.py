@@ -20,11 +20,12 @@ from __future__ import annotations
 import inspect
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from tangentfast._torch import set_grad_enabled
 
@@ -133,7 +134,7 @@ def _register(targets: Iterable[Target], rule: Rule) -> None:
 
 def evaluate(jvp: Jvp, rows: Sequence[Row]) -> list[Any]:
     """One tangent for each row, without a graph; None where nothing has a tangent."""
-    recording = torch.is_grad_enabled()
+    recording = is_grad_enabled()
     set_grad_enabled(False)
     try:
         return [None if row is None else jvp(*row) for row in rows]
@@ -156,20 +157,20 @@ class _Uncovered(Exception):
     """An argument has a tangent and the rule no term for it."""
 
 
+def _sum(jvps: Sequence[Jvp | None], *row: Any) -> Tensor | None:
+    dy = None
+    for i, dx in enumerate(row):
+        if dx is not None:
+            jvp = jvps[i] if i < len(jvps) else None
+            if jvp is None:
+                raise _Uncovered
+            dy = jvp(dx) if dy is None else add(dy, jvp(dx))
+    return dy
+
+
 def terms(*jvps: Jvp | None) -> Jvp:
     """Σ_i jvps[i](dx_i) over the arguments that have a tangent."""
-
-    def jvp(*row: Any) -> Tensor | None:
-        dy = None
-        for i, dx in enumerate(row):
-            if dx is not None:
-                term = jvps[i] if i < len(jvps) else None
-                if term is None:
-                    raise _Uncovered
-                dy = add(dy, term(dx))
-        return dy
-
-    return jvp
+    return partial(_sum, jvps)
 
 
 def _by_terms(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,7 +179,7 @@ def _by_terms(forward: Callable[..., Any]) -> Callable[..., Any]:
         if answer is None:
             return None
         try:
-            return answer[0], evaluate(terms(*answer[1:]), rows)
+            return answer[0], evaluate(partial(_sum, answer[1:]), rows)
         except _Uncovered:
             return None
 
