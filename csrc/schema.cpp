@@ -9,12 +9,6 @@
 #endif
 
 TORCH_LIBRARY(tangentfast, m) {
-  // bases[i] <- round(bases[i] + sum of alphas[k] vectors[k] over its counts[i] vectors): the
-  // vectors of bases[0] come first, then those of bases[1], ...
-  m.def("merge_(Tensor(a!)[] bases, Tensor[] vectors, int[] counts, float[] alphas) -> ()");
-  // G[owners[a], owners[b]] += <tensors[a], tensors[b]> for a, b in the same row; the rows have
-  // counts[0], counts[1], ... consecutive tensors, with rising owners < size. Returns [size, size].
-  m.def("gram(Tensor[] tensors, int[] counts, int[] owners, int size) -> Tensor");
   // q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, Dv], mask added to [N, H, T, S]; K tangents, in
   // which a None is zero. Returns o [N, H, T, Dv], its log-sum-exp [N, H, T] (both empty unless
   // `primal`), and K tangents of o.
@@ -26,11 +20,6 @@ TORCH_LIBRARY(tangentfast, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor? mask, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
-  // C_o = biases[o] + the sum over its terms of lefts[l] [M, D] times rights[r] [D, N]; terms holds
-  // the triples (o, l, r) one after the other.
-  m.def(
-      "products(Tensor[] lefts, Tensor[] rights, Tensor?[] biases, int[] terms) -> Tensor[]");
-
   // Norms and activations: y with its ordinary gradient, and its K tangents, without one. tangents
   // holds one entry for each tensor that may have a tangent, K times over; the order is in the
   // op.h beside the kernel. sums: with a residual, x + residual, which is then normalised, and

@@ -25,8 +25,14 @@ forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 in_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-# Whether an op has a kernel for a key of the dispatcher: ("aten::relu", "CPU").
-has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an op, defined or not, has a kernel for a key of the dispatcher: ``"aten::relu"``,
+    ``"CPU"``.
+    """
+    dispatch = torch._C
+    return dispatch._dispatch_has_kernel(op) and dispatch._dispatch_has_kernel_for_dispatch_key(
+        op, key
+    )
 
 
 def in_backward() -> bool:
@@ -37,6 +43,21 @@ def in_backward() -> bool:
 def in_forward_ad() -> bool:
     """Whether a ``torch.autograd.forward_ad.dual_level`` is open."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a TorchDispatchMode (a tracer, a counter of FLOPs) sees what runs."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def process_group_store() -> Any:
+    """The key-value store that the ranks of a distributed run share; None for a rank alone."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if distributed.get_world_size() == 1:
+        return None
+    return distributed.distributed_c10d._get_default_store()
 
 
 def subclassed(cls: type, tensor: Tensor, requires_grad: bool) -> Any:

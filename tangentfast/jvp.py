@@ -14,7 +14,7 @@ from tangentfast.dual import Dual, make_dual, plain
 from tangentfast.graph import origins
 from tangentfast.kept import Kept
 from tangentfast.linearize import LinearizedModel, places
-from tangentfast.passes import Pass, check_no_transform, running
+from tangentfast.passes import Pass, check_no_transform, is_narrow, running
 from tangentfast.substitute import substituted
 from tangentfast.trees import tree_map
 
@@ -29,6 +29,7 @@ def jvp(
     params: Direction | Sequence[Direction] | None = None,
     tangents: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    tangent_dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
     """``fn(*inputs)`` and its derivative along given directions.
 
@@ -46,6 +47,7 @@ def jvp(
         tangents: one entry an argument: a tensor of its shape, a number (that value in every
             element), or None (a zero, which costs nothing).
         kwargs: keyword arguments of `fn`, constants.
+        tangent_dtype: ``torch.bfloat16``: as in `linearize`.
 
     Returns:
         ``(out, dout)``. `out` has the structure `fn` returns and keeps its autograd graph; `dout`
@@ -81,7 +83,8 @@ def jvp(
         inputs, kwargs = tree_map(Tensor.detach, (inputs, dict(kwargs or {})))
     k = max(len(directions), 1)
     root = fn if isinstance(fn, nn.Module) else None
-    pass_ = Pass(k, root, strict=not recording)
+    narrow = is_narrow(tangent_dtype, "jvp")
+    pass_ = Pass(k, root, strict=not recording, narrow=narrow)
     table, moving = _duals_of(fn, directions, pass_, recording)
     hooks.carry_duals()
     kept = Kept(root) if root is not None else None

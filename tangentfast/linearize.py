@@ -25,7 +25,7 @@ from tangentfast.dispatch import constant
 from tangentfast.dual import Dual
 from tangentfast.fingerprint import Base, checksum
 from tangentfast.kept import Kept
-from tangentfast.passes import Anchors, Pass, check_no_transform, running
+from tangentfast.passes import Anchors, Pass, check_no_transform, is_narrow, running
 from tangentfast.select import Selection, describe, select
 from tangentfast.task_vector import TaskVector
 from tangentfast.trees import tensors, tree_map
@@ -42,6 +42,7 @@ class LinearizedModel(nn.Module):
 
     base: Base
     selection: str
+    narrow: bool
 
     def __init__(
         self,
@@ -50,12 +51,14 @@ class LinearizedModel(nn.Module):
         selection: str,
         base: Base,
         dtype: torch.dtype | None = None,
+        narrow: bool = False,
     ):
         super().__init__()
         self._anchors = Anchors()
         self.model, self._sites = _shared_copy(model, names, dtype, self._anchors)
         self.base = base
         self.selection = selection
+        self.narrow = narrow
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         self._fallbacks: Counter[tuple[str, str]] = Counter()
         self.training = model.training  # every submodule keeps its own mode
@@ -102,7 +105,7 @@ class LinearizedModel(nn.Module):
         trained = recording and any(tau.requires_grad for tau in self.tau.values())
         # A sharded block's parameters are gathered and freed: copies would outlive them.
         casts = None if hooks.sharded(self.model) else self._casts
-        pass_ = Pass(1, self.model, True, self._anchors, recording=trained, casts=casts)
+        pass_ = Pass(1, self.model, True, self._anchors, trained, casts, self.narrow)
         kept = Kept(self.model)
         try:
             with running(pass_):
@@ -223,6 +226,7 @@ def linearize(
     at: Mapping[str, Tensor] | None = None,
     name: str | None = None,
     primal_dtype: torch.dtype | None = None,
+    tangent_dtype: torch.dtype | None = None,
 ) -> LinearizedModel:
     """Replace a model by its first-order Taylor expansion around its present parameters θ0.
 
@@ -241,6 +245,10 @@ def linearize(
             parameters is mixed precision without autocast: θ0 is cast once, here, and not shared.
             Inputs are to be given in it. `materialize` gives θ0 as cast, plus τ: add the task
             vector to the original model instead.
+        tangent_dtype: ``torch.bfloat16``: the tangents' products of linear layers and patch
+            embeddings round their float32 operands to bfloat16 (sums are float32 on a CPU). y =
+            f(x; θ0) and its derivative, which gradients are, stay what they were; J τ is off by a
+            few 1e-3 (docs/benchmarks.md).
 
     Returns:
         A LinearizedModel. Training and evaluation mode are the model's.
@@ -272,7 +280,8 @@ def linearize(
                 f"the parameter has {tuple(named[key].shape)}."
             )
     base = Base.of(name or type(model).__name__, {n: named[n] for n in names})
-    lin = LinearizedModel(model, names, describe(params), base, primal_dtype)
+    narrow = is_narrow(tangent_dtype, "linearize")
+    lin = LinearizedModel(model, names, describe(params), base, primal_dtype, narrow)
     with torch.no_grad():
         for key, tensor in start.items():
             lin.tau[key].copy_(tensor)

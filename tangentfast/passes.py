@@ -49,8 +49,8 @@ class Pass:
     requires grad but what depends on a tangent, so that a plain tensor with a graph has lost its
     tangent (it came from code that takes a handle for an ordinary tensor). `anchors`: the
     linearized parameters that give duals in this pass. `recording`: their gradient is wanted.
-    `casts`: the copies of frozen parameters that autocast works with. `fallbacks`: counts
-    (operation, module path).
+    `casts`: the copies of frozen parameters that autocast works with. `narrow`: tangents' products
+    run in bfloat16. `fallbacks`: counts (operation, module path).
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Pass:
         anchors: Anchors | None = None,
         recording: bool = False,
         casts: MutableMapping[Tensor, Any] | None = None,
+        narrow: bool = False,
     ):
         self.k = k
         self.root = root
@@ -68,6 +69,7 @@ class Pass:
         self.anchors = anchors
         self.recording = recording
         self.casts = casts
+        self.narrow = narrow
         self.active = False
         self.fallbacks: Counter[tuple[str, str]] = Counter()
         self.sharers = inplace.Sharers()
@@ -110,6 +112,26 @@ def current() -> Pass | None:
     if running is None and _torch.in_backward():
         return REPLAY
     return running
+
+
+def narrow_tangents() -> bool:
+    """Whether the products of tangents run in bfloat16 in the pass of this thread."""
+    running: Pass | None = getattr(_local, "running", None)
+    return running is not None and running.narrow
+
+
+def is_narrow(tangent_dtype: torch.dtype | None, what: str) -> bool:
+    """`Pass.narrow` for a `tangent_dtype` that a user gave.
+
+    Raises:
+        ValueError: there are no such tangents.
+    """
+    if tangent_dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"{what}: tangent_dtype is {tangent_dtype}, expected torch.bfloat16, or None for "
+            "tangents computed as the primal is."
+        )
+    return tangent_dtype is not None
 
 
 def check_no_transform() -> None:

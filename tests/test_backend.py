@@ -11,7 +11,8 @@ import torch
 from isa import assert_same_bits
 
 from tangentfast.merge import merge_
-from tangentfast.ops.backend import choose, load_native, triton_problem
+from tangentfast.ops import OPS
+from tangentfast.ops.backend import load_native, triton_problem
 
 NATIVE = load_native()[0] is not None
 native_only = pytest.mark.skipif(not NATIVE, reason="no native extension")
@@ -60,20 +61,21 @@ def test_inference_tensors() -> None:
 def test_backend_names(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("TANGENTFAST_BACKEND", raising=False)
-    assert choose("merge_", cpu) == ("native" if NATIVE else "reference")
+    merge = OPS["merge_"]
+    assert merge.provider(cpu, None).backend == ("native" if NATIVE else "reference")
     monkeypatch.setenv("TANGENTFAST_BACKEND", "reference")
-    assert choose("merge_", cpu) == "reference"
+    assert merge.provider(cpu, None).backend == "reference"
     monkeypatch.setenv("TANGENTFAST_BACKEND", "fast")
     with pytest.raises(
         ValueError, match="TANGENTFAST_BACKEND is 'fast'; expected one of native, t"
     ):
-        choose("merge_", cpu)
+        merge.provider(cpu, None)
     with pytest.raises(ValueError, match="backend is 'gpu'"):
         merge_({"w": torch.zeros(1)}, {"w": torch.zeros(1)}, backend="gpu")
     with pytest.raises(
         RuntimeError, match=r"backend is 'native', but tangentfast._C (has no merge_ for mps|was)"
     ):
-        choose("merge_", torch.device("mps"), "native")
+        merge.provider(torch.device("mps"), "native")
 
 
 def test_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,15 +83,16 @@ def test_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     triton_problem.cache_clear()
+    OPS["linear_jvp"]._orders.clear()
     for op, message in [
-        ("attention_jvp", "Triton (runs on CUDA devices, not on cpu|is not installed)"),
-        ("merge_", "there is no Triton kernel of merge_"),
+        ("linear_jvp", "Triton (runs on CUDA devices, not on cpu|is not installed)"),
+        ("merge_", "there is no triton merge_"),
     ]:
         with pytest.raises(RuntimeError, match=f"backend is 'triton', but {message}"):
-            choose(op, cpu, "triton")
-        assert choose(op, cpu, "triton,reference") == "reference"
+            OPS[op].provider(cpu, "triton")
+        assert OPS[op].provider(cpu, "triton,reference").backend == "reference"
     with pytest.raises(ValueError, match="backend is 'triton,fast'; expected one of"):
-        choose("merge_", cpu, "triton,fast")
+        OPS["merge_"].provider(cpu, "triton,fast")
 
 
 ISA_PROGRAM = """
@@ -126,4 +129,4 @@ def test_unknown_instruction_set_raises() -> None:
         check=False,
     )
     assert run.returncode != 0
-    assert "TANGENTFAST_ISA is 'sse'; expected baseline, avx2 or avx512" in run.stderr
+    assert "TANGENTFAST_ISA is 'sse'; expected baseline, avx2" in run.stderr

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tangentfast
 from tangentfast import _torch
@@ -84,6 +85,28 @@ def test_transforms() -> None:
 def test_has_kernel() -> None:
     assert _torch.has_kernel("aten::relu", "CPU")
     assert not _torch.has_kernel("aten::relu", "FPGA")
+    assert not _torch.has_kernel("tangentfast::never_defined", "CPU")
+
+
+def test_in_dispatch_mode() -> None:
+    class Mode(TorchDispatchMode):
+        pass
+
+    assert not _torch.in_dispatch_mode()
+    with Mode():
+        assert _torch.in_dispatch_mode()
+
+
+def test_process_group_store(tmp_path: Path) -> None:
+    """Of several ranks: tests/ops/test_choice.py."""
+    assert _torch.process_group_store() is None
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        assert _torch.process_group_store() is None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_in_backward() -> None:

@@ -53,7 +53,7 @@ class Side {
 
 std::vector<at::Tensor> products_cpu(at::TensorList lefts, at::TensorList rights,
                                      const c10::List<std::optional<at::Tensor>>& biases,
-                                     at::IntArrayRef terms) {
+                                     at::IntArrayRef terms, bool narrow) {
   TORCH_CHECK_VALUE(!lefts.empty() && !rights.empty(), kOp, ": lefts has ", lefts.size(),
                     " and rights has ", rights.size(), " entries, expected at least one each");
   const Side left("lefts", lefts, lefts[0]), right("rights", rights, lefts[0]);

@@ -1,4 +1,4 @@
-"""Which implementation an op runs on: the one place that decides.
+"""Which backends there are, and which were asked for.
 
 The environment variable TANGENTFAST_BACKEND (``native``, ``triton`` or ``reference``) or an op's
 `backend` argument names one, and naming one that is not there raises; by default the best present
@@ -8,21 +8,16 @@ is taken. Few ops have a Triton kernel: ``triton,native,reference`` takes the fi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 
-from tangentfast._torch import has_kernel, in_forward_ad, in_transform
+from tangentfast._torch import has_kernel
 
 BACKENDS = ("native", "triton", "reference")
-TRITON_OPS = ("attention_jvp", "products")
 
 
 @cache
@@ -56,7 +51,7 @@ def native_problem(op: str, device: torch.device) -> str:
 @cache
 def triton_problem(op: str, device: torch.device) -> str:
     """Why Triton cannot run `op` on `device`; empty when it can."""
-    if op not in TRITON_OPS:
+    if not has_kernel(f"tangentfast::{op}_triton", "CompositeExplicitAutograd"):
         return f"there is no Triton kernel of {op}"
     if find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
@@ -73,76 +68,27 @@ def triton_problem(op: str, device: torch.device) -> str:
     return ""
 
 
-def problem(name: str, op: str, device: torch.device) -> str:
+def missing(backend: str, op: str, device: torch.device) -> str:
     """Why a backend cannot run `op` on `device`; empty when it can."""
-    find = {"native": native_problem, "triton": triton_problem}.get(name)
+    find = {"native": native_problem, "triton": triton_problem}.get(backend)
     return "" if find is None else find(op, device)
 
 
-def choose(op: str, device: torch.device, name: str | None = None) -> str:
-    """The backend of an op for tensors on `device`: ``"native"``, ``"triton"`` or ``"reference"``.
-
-    Args:
-        op: its name in `torch.ops.tangentfast`.
-        device: where the tensors are.
-        name: the backend wanted, or several with commas between, of which the first that has the
-            op is taken; None asks TANGENTFAST_BACKEND, and without it takes the best: the
-            extension on a CPU; Triton, then the extension on a GPU; the reference where neither is.
+def wanted(backend: str | None) -> tuple[str, tuple[str, ...]]:
+    """Where the wish for a backend comes from, and the names in it; none for the default.
 
     Raises:
-        ValueError: `name` or TANGENTFAST_BACKEND is no backend.
-        RuntimeError: none of those named is there; the message says why and how to get it.
+        ValueError: one is the name of no backend.
     """
-    source = "backend" if name is not None else "TANGENTFAST_BACKEND"
-    wanted = name if name is not None else os.environ.get("TANGENTFAST_BACKEND", "")
-    if not wanted:
-        order = ("triton", "native") if device.type == "cuda" else ("native",)
-        return next((b for b in order if not problem(b, op, device)), "reference")
-    names = [part.strip() for part in wanted.split(",")]
+    if backend is not None:
+        return "backend", _names("backend", backend)
+    text = os.environ.get("TANGENTFAST_BACKEND", "")
+    return "TANGENTFAST_BACKEND", _names("TANGENTFAST_BACKEND", text) if text else ()
+
+
+@cache
+def _names(source: str, text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
     if not set(names) <= set(BACKENDS):
-        raise ValueError(f"{source} is {wanted!r}; expected one of {', '.join(BACKENDS)}")
-    problems = [problem(b, op, device) for b in names]
-    if all(problems):
-        raise RuntimeError(f"{source} is {wanted!r}, but {'; '.join(problems)}")
-    return names[problems.index("")]
-
-
-def register_triton(op: str, schema: str, module: str, fake: Callable[..., Any]) -> None:
-    """The op ``tangentfast::<op>_triton``: the function `op` of a module that imports Triton, which
-    is imported when the op is first called.
-    """
-    name = f"tangentfast::{op}_triton"
-
-    def call(*args: Any) -> Any:
-        return getattr(import_module(module), op)(*args)
-
-    torch.library.define(name, schema)
-    torch.library.impl(name, "default", call)
-    torch.library.register_fake(name, fake)
-
-
-def ordinary(*tensors: Tensor | None) -> bool:
-    """Whether a native op may take these tensors: no subclass that has rules of its own (DTensor),
-    no ``torch.func`` transform and no forward-mode AD, which look inside an op.
-    """
-    if in_transform() or in_forward_ad():
-        return False
-    return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
-
-
-def native_dtypes(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the kernels know these types: parameters like x, or float32 beside a 16-bit x."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    if not narrow and x.dtype not in (torch.float32, torch.float64):
-        return False
-    return all(
-        p is None or p.dtype == x.dtype or (narrow and p.dtype == torch.float32) for p in parameters
-    )
-
-
-def in_rows(rows: Sequence[Any], dys: list[Tensor]) -> list[Tensor | None]:
-    """The tangents of the rows that are not None in their places, and None in the others."""
-    if len(dys) == len(rows):
-        return list(dys)
-    rest = iter(dys)
-    return [None if row is None else next(rest) for row in rows]
+        raise ValueError(f"{source} is {text!r}; expected one of {', '.join(BACKENDS)}")
+    return names

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.ops.linear import linear_jvp
-from tangentfast.ops.linear.patches import is_patches, patches_jvp
+from tangentfast.ops.linear import LinearTangent, is_patches, linear_jvp, patches_jvp
+from tangentfast.passes import narrow_tangents
 from tangentfast.rules.autocast import autocast_dtype, narrow
 from tangentfast.rules.registry import RULES, Inexact, Jvp, add, evaluate, functions, fused, rule
 
@@ -60,8 +60,9 @@ def linear(
 ) -> tuple[Tensor, list[Any]]:
     dtype = autocast_dtype(input)
     if dtype is None:
-        return linear_jvp(input, weight, bias, tangents)
-    rows = [row and tuple(narrow(t, dtype) for t in row) for row in tangents]
+        rows = [row and LinearTangent(*row) for row in tangents]
+        return linear_jvp(input, weight, bias, rows, narrow=narrow_tangents())
+    rows = [row and LinearTangent(*(narrow(t, dtype) for t in row)) for row in tangents]
     input, weight, bias = (narrow(x, dtype) for x in (input, weight, bias))
     with torch.autocast(input.device.type, enabled=False):
         return linear_jvp(input, weight, bias, rows)
@@ -148,7 +149,8 @@ def _convolution(function: Callable[..., Any]) -> None:
         options = (stride, padding, dilation, groups)
         weight = narrow(weight, autocast_dtype(weight))
         if is_patches(input, weight, *options):
-            return patches_jvp(input, weight, bias, [row and tuple(row[:3]) for row in tangents])
+            rows = [row and LinearTangent(*row[:3]) for row in tangents]
+            return patches_jvp(input, weight, bias, rows, narrow=narrow_tangents())
         return _convolution_jvp(function, input, weight, bias, options, tangents)
 
 

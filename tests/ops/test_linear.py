@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from truth import rounding, units
 
-from tangentfast.ops import linear
 from tangentfast.ops.backend import load_native
-from tangentfast.ops.linear import linear_jvp, reference
-from tangentfast.ops.linear.patches import is_patches, patches_jvp
+from tangentfast.ops.linear import (
+    LinearTangent,
+    is_patches,
+    linear_jvp,
+    op,
+    patches_jvp,
+    reference,
+)
 
 NATIVE = load_native()[0] is not None
 native_only = pytest.mark.skipif(not NATIVE, reason="no native extension")
@@ -51,7 +56,9 @@ def test_truth(size: tuple[int, ...], bias: bool, dtype: torch.dtype, backend: s
 
     def results(convert: Any, backend: str) -> list[Tensor]:
         given = [convert(t).requires_grad_() for t in operands]
-        tangents = [row and tuple(t if t is None else convert(t) for t in row) for row in rows]
+        tangents = [
+            row and LinearTangent(*(t if t is None else convert(t) for t in row)) for row in rows
+        ]
         x, w, b = (*given, None)[:3]
         turned = [_turned(row) for row in tangents]
         y, dys = linear_jvp(x.transpose(0, 1), w, b, turned, backend=backend)
@@ -67,7 +74,7 @@ def test_truth(size: tuple[int, ...], bias: bool, dtype: torch.dtype, backend: s
 
 
 def _turned(row: Any) -> Any:
-    return row and (None if row[0] is None else row[0].transpose(0, 1), *row[1:])
+    return row and row._replace(dx=None if row.dx is None else row.dx.transpose(0, 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,11 +89,11 @@ def test_other_calls(backend: str) -> None:
         ((x.t()[:5, : 7 - 2], draw(3, 5)), (5, 3)),
         ((x.expand(2, 4, 5, 7), w), (2, 4, 5, 3)),
     ]:
-        y, (dy,) = linear_jvp(*given, None, [(given[0], given[1], None)], backend=backend)
+        y, (dy,) = linear_jvp(*given, None, [LinearTangent(*given)], backend=backend)
         assert y.shape == dy.shape == wanted  # type: ignore[union-attr]
         assert units([y, dy], [F.linear(*given), 2 * F.linear(*given)]) <= rounding(7, sums=2)
     with torch.autocast("cpu", torch.bfloat16):
-        y, (dy,) = linear_jvp(x, w, None, [(x, w, None)], backend=backend)
+        y, (dy,) = linear_jvp(x, w, None, [LinearTangent(x, w)], backend=backend)
     assert y.dtype == dy.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
@@ -107,7 +114,7 @@ def test_bits_do_not_depend_on_threads() -> None:
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append(linear_jvp(x, w, None, [(x, w, None)], backend="native"))
+        found.append(linear_jvp(x, w, None, [LinearTangent(x, w)], backend="native"))
     torch.set_num_threads(before)
     for y, (dy,) in found[1:]:
         assert torch.equal(y, found[0][0])
@@ -121,37 +128,54 @@ def test_sixteen_bits_are_saved(backend: str) -> None:
     kept: list[Tensor] = []
     x, w = draw(8, 16).bfloat16().requires_grad_(), draw(4, 16).bfloat16().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear_jvp(x, w, None, [(x.detach(), w.detach(), None)], backend=backend)
+        linear_jvp(x, w, None, [LinearTangent(x.detach(), w.detach())], backend=backend)
     assert len(kept) == 2
     assert all(k.dtype == torch.bfloat16 for k in kept)
     assert {k.data_ptr() for k in kept} == {x.data_ptr(), w.data_ptr()}
 
 
-def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native op is taken where it was measured to be faster, and only there."""
-
-    class Machine:
-        def __init__(self, name: str):
-            self.isa = lambda: name
-
+def test_small_calls_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where packing does not pay, nothing is measured; unless torch multiplies one at a time."""
     x, w = draw(2, 40, 128), draw(256, 128)
-    for name, faster in (("avx2", True), ("avx512", False), ("baseline", False)):
-        monkeypatch.setattr(linear, "load_native", lambda name=name: (Machine(name), ""))
-        assert linear._faster(x, w) is faster
-    monkeypatch.setattr(linear, "load_native", lambda: (Machine("avx2"), ""))
-    assert not linear._faster(x[:, :1], w)
-    assert not linear._faster(x, w[:100])
-    assert not linear._faster(x.double(), w.double())
-    monkeypatch.setattr(reference, "_has_products", lambda dtype: False)
-    assert linear._faster(x[:1, :1].half(), w[:1].half())
+    monkeypatch.setattr(op.reference, "_has_products", lambda dtype: False)
+    assert op._small(x[:, :1], w, False)
+    assert op._small(x, w[:100], False)
+    assert not op._small(x, w, False)
+    assert not op._small(x[:1, :1].half(), w[:1].half(), False)
+
+
+@native_only
+@pytest.mark.parametrize("backend", [None, "reference", "native"])
+def test_narrow(backend: str | None) -> None:
+    """Tangents' products of operands rounded to bfloat16: each term is off by less than 2^-7.9, y
+    and its gradients not at all.
+    """
+    x, w, b = (draw(*s).requires_grad_() for s in ((70, 300), (200, 300), (200,)))
+    dx, dw, db = draw(70, 300), draw(200, 300), draw(200)
+    out = []
+    for narrow in (False, True):
+        y, (dy,) = linear_jvp(x, w, b, [LinearTangent(dx, dw, db)], backend, narrow=narrow)
+        out.append((y, dy, *torch.autograd.grad(y.square().sum(), (x, w, b))))
+    (y, dy, *grads), (same_y, rough, *same_grads) = out
+    assert torch.equal(y, same_y)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+    terms = dx.abs() @ w.detach().abs().t() + x.detach().abs() @ dw.abs().t()
+    # two operands rounded by 2^-9 each; the reference rounds both products and their sum, too
+    assert ((rough - dy).abs() <= 2**-7.9 * terms + 2**-8 * (terms + db.abs())).all()
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, dy)
 
 
 @native_only
 def test_opcheck_and_arguments() -> None:
-    op = torch.ops.tangentfast.products.default
+    products = torch.ops.tangentfast.products.default
     a, b = draw(5, 4), draw(4, 3)
-    torch.library.opcheck(op, ([a, a], [b], [None, draw(3)], [0, 0, 0, 1, 1, 0, 1, 0, 0]))
-    assert torch.equal(op([a], [b], [draw(3) * 0 + 2, None], [])[0], torch.full((5, 3), 2.0))
+    torch.library.opcheck(
+        products, ([a, a], [b], [None, draw(3)], [0, 0, 0, 1, 1, 0, 1, 0, 0], False)
+    )
+    assert torch.equal(
+        products([a], [b], [draw(3) * 0 + 2, None], [], False)[0], torch.full((5, 3), 2.0)
+    )
     for wrong, error, message in [
         (([], [b], [None], []), ValueError, "lefts has 0 and rights has 1 entries"),
         (([a[0]], [b], [None], []), ValueError, r"lefts\[0\] has shape \[4\], expected a matrix"),
@@ -163,7 +187,7 @@ def test_opcheck_and_arguments() -> None:
         (([a], [b], [None], [0, 1, 0]), ValueError, r"terms holds \(0, 1, 0\), expected indices"),
     ]:
         with pytest.raises(error, match=message):
-            op(*wrong)
+            products(*wrong, False)
 
 
 @pytest.mark.usefixtures("products")
@@ -171,7 +195,7 @@ def test_opcheck_and_arguments() -> None:
 def test_patches(dtype: torch.dtype) -> None:
     """As torch's convolution in values, gradients and layout."""
     x, w, b = (draw(*s).to(dtype) for s in ((2, 3, 35, 49), (5, 3, 16, 16), (5,)))
-    row = tuple(draw(*t.shape).to(dtype) for t in (x, w, b))
+    row = LinearTangent(*(draw(*t.shape).to(dtype) for t in (x, w, b)))
     assert is_patches(x, w, 16, 0, 1, 1)
     assert is_patches(x, w, (16, 16), "valid", (1, 1), 1)
     for options in ((16, 1, 1, 1), (8, 0, 1, 1), (16, "same", 1, 1), (16, 0, 2, 1), (16, 0, 1, 3)):

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tangentfast.ops._old import choose, in_rows, load_native, native_dtypes, ordinary
 from tangentfast.ops.activation import reference
 from tangentfast.ops.activation.reference import Row
-from tangentfast.ops.backend import choose, in_rows, load_native, native_dtypes, ordinary
 
 __all__ = ["activation_jvp"]
 

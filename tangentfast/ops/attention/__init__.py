@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tangentfast.ops._old import choose, load_native, ordinary, register_triton
 from tangentfast.ops.attention import reference
 from tangentfast.ops.attention.outputs import backward_outputs, jvp_outputs, wide
 from tangentfast.ops.attention.reference import Row
-from tangentfast.ops.backend import choose, load_native, ordinary, register_triton
 
 __all__ = ["attention_jvp"]
 

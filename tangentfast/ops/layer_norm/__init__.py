@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tangentfast._torch import has_kernel
-from tangentfast.ops.backend import choose, in_rows, load_native, native_dtypes, ordinary
+from tangentfast.ops._old import choose, in_rows, load_native, native_dtypes, ordinary
 from tangentfast.ops.layer_norm import reference
 from tangentfast.ops.layer_norm.reference import Row, Sums
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tangentfast.ops.linear import linear_jvp
-from tangentfast.ops.linear.reference import Row
+from tangentfast.ops.linear.op import LinearTangent, linear_jvp
 
 # A patch of fewer numbers is not worth its copy.
 SMALLEST = 512
@@ -41,8 +40,9 @@ def is_patches(
 
 
 def patches_jvp(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tangents: Sequence[Row]
-) -> tuple[Tensor, list[Tensor | None]]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, tangents: Sequence[LinearTangent | None],
+    *, narrow: bool = False,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """The convolution of x [N, C, *image] by weight [E, C, *patch], stride and patch being equal.
 
     Args, returns: as in `linear_jvp`; y and every dy are [N, E, *grid].
@@ -56,8 +56,8 @@ def patches_jvp(
         return None if t is None else t.flatten(1)
 
     with torch.no_grad():
-        tangents = [row and (rows(row[0]), flat(row[1]), row[2]) for row in tangents]
-    y, dys = linear_jvp(_patches(x, size), weight.flatten(1), bias, tangents)
+        flattened = [t and LinearTangent(rows(t.dx), flat(t.dweight), t.dbias) for t in tangents]
+    y, dys = linear_jvp(_patches(x, size), weight.flatten(1), bias, flattened, narrow=narrow)
     with torch.no_grad():
         images = [None if dy is None else _image(dy.expand(y.shape)) for dy in dys]
     return _image(y), images

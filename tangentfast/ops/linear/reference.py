@@ -11,46 +11,54 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Row = tuple[Tensor | None, Tensor | None, Tensor | None] | None
-
 
 def linear_jvp(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tangents: Sequence[Row]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """y = x Wᵀ + b and dy = dx Wᵀ + x dWᵀ + db; see `ops.linear.linear_jvp`."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, dx: Sequence[Tensor | None],
+    dweight: Sequence[Tensor | None], dbias: Sequence[Tensor | None], narrow: bool = False,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """y = x Wᵀ + b and dy = dx Wᵀ + x dWᵀ + db, each with a dx or a dweight; see
+    `ops.linear.linear_jvp`.
+    """
     # One matrix for all products: a transposed x is copied once, and without a graph torch would
     # multiply it batch by batch.
     shape = (*x.shape[:-1], *weight.shape[:-1])
     rows = x.reshape(-1, x.shape[-1]) if x.dim() > 2 and x.numel() else x
-    wide = weight.dim() == 2 and rows.dim() == 2 and emulated(rows, weight)
-    y = _Wide.apply(rows, weight, bias) if wide else F.linear(rows, weight, bias)
+    widened = weight.dim() == 2 and rows.dim() == 2 and emulated(rows, weight)
+    y = _Widened.apply(rows, weight, bias) if widened else F.linear(rows, weight, bias)
+    if not dx:
+        return y.view(shape), []
     with torch.no_grad():
-        if wide:
+        if widened:
             rows, weight = rows.float(), weight.float()
+        elif narrow:
+            rows, weight = rows.bfloat16(), weight.bfloat16()
         dys = [
-            None if row is None else _tangent(rows, weight, row, y.dtype, shape) for row in tangents
+            _tangent(rows, weight, *terms).to(y.dtype).view(shape)
+            for terms in zip(dx, dweight, dbias, strict=True)
         ]
     return y.view(shape), dys
 
 
 def _tangent(
-    x: Tensor, weight: Tensor, row: tuple[Tensor | None, ...], dtype: torch.dtype, shape: Any
-) -> Tensor | None:
-    dx, dweight, dbias = row
-    if dx is None and dweight is None:
-        return dbias
-    if x.dtype == torch.float32 != dtype and not torch.is_autocast_enabled(x.device.type):
-        dx, dweight, dbias = (None if t is None else t.float() for t in (dx, dweight, dbias))
+    x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+) -> Tensor:
+    """In the dtype of x, unless autocast has another."""
+    if not torch.is_autocast_enabled(x.device.type):
+        dx, dweight, dbias = (None if t is None else t.to(x.dtype) for t in (dx, dweight, dbias))
     if dx is None:
-        dy = F.linear(x, dweight, dbias)  # type: ignore[arg-type]
-    else:
-        dy = F.linear(dx.reshape(x.shape), weight, dbias)
-        if dweight is not None:
-            if dy.dim() == 2 and dy.numel() and dy.dtype == x.dtype == dweight.dtype:
-                dy.addmm_(x, dweight.t())  # into dy: no second buffer
-            else:
-                dy.add_(F.linear(x, dweight))  # dtypes differ under autocast
-    return dy.to(dtype).view(shape)
+        return F.linear(x, dweight, dbias)  # type: ignore[arg-type]
+    dy = F.linear(dx.reshape(x.shape), weight, dbias)
+    if dweight is not None:
+        if dy.dim() == 2 and dy.numel() and dy.dtype == x.dtype == dweight.dtype:
+            dy.addmm_(x, dweight.t())  # into dy: no second buffer
+        else:
+            dy.add_(F.linear(x, dweight))  # dtypes differ under autocast
+    return dy
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, of a [M, K] and b [K, N]."""
+    return (a.float() @ b.float()).to(a.dtype) if emulated(a, b) else a @ b
 
 
 @cache
@@ -75,7 +83,7 @@ def emulated(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class _Wide(torch.autograd.Function):
+class _Widened(torch.autograd.Function):
     """``F.linear`` of 16-bit operands in float32, rounded once; saves them in 16 bits."""
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 Four operands are read for three products, where three separate products read six:
 
-    z = x Wᵀ + b,   dz = dx Wᵀ + x dWᵀ + db,   y = f(z) + r,   dy = f'(z) dz + dr.
+    y = x Wᵀ + b,   dy = dx Wᵀ + x dWᵀ + db.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangentfast.ops.activation.reference import check_kind
 from tangentfast.ops.expect import expect, hopper
 
 
@@ -44,31 +43,12 @@ def _along(bias, columns, E):
 
 
 @triton.jit
-def _value_and_slope(z, KIND: tl.constexpr):
-    """f(z) and f'(z); the kinds of `ops.activation`."""
-    if KIND == "gelu":
-        share = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        return z * share, share + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    if KIND == "gelu_tanh":  # (1 + tanh u) / 2 = σ(2 u)
-        inner = 1.5957691216057308 * (z + 0.044715 * z * z * z)
-        share = tl.sigmoid(inner)
-        steep = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-        return z * share, share * (1.0 + z * (1.0 - share) * steep)
-    pace: tl.constexpr = 1.702 if KIND == "quick_gelu" else 1.0
-    share = tl.sigmoid(pace * z)
-    if KIND == "sigmoid":
-        return share, share * (1.0 - share)
-    return z * share, share * (1.0 + pace * z * (1.0 - share))
-
-
-@triton.jit
 def linear_jvp_kernel(
-    x, dx, weight, dweight, bias, dbias, residual, dresidual, y, z, dy, M, E, D,
-    KIND: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr,
+    x, dx, weight, dweight, bias, dbias, y, dy, M, E, D,
+    EVEN: tl.constexpr, P: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BM, BN] of y (and of z, unless None) and of dy; either of y and dy may be None."""
-    PRIMAL: tl.constexpr = y is not None or KIND != ""
+    """A tile [BM, BN] of y and of dy; either may be None."""
     # GROUP tiles below each other run at a time, then their neighbours: what they read stays in L2.
     down, across = tl.cdiv(M, BM), tl.cdiv(E, BN)
     first = tl.program_id(0) // (GROUP * across) * GROUP
@@ -85,9 +65,9 @@ def linear_jvp_kernel(
     for start in range(0, D, BK):
         depth = start + tl.arange(0, BK)
         tile_x = _load(x, top, from_x, depth, D, EVEN)
-        if PRIMAL or dx is not None:
+        if y is not None or dx is not None:
             tile_w = tl.trans(_load(weight, left, from_w, depth, D, EVEN))
-        if PRIMAL:
+        if y is not None:
             acc = tl.dot(tile_x, tile_w, acc, input_precision=P)
         if dx is not None:
             tile_dx = _load(dx, top, from_x, depth, D, EVEN)
@@ -99,24 +79,15 @@ def linear_jvp_kernel(
         acc += _along(bias, columns, E)
     if dbias is not None:
         dacc += _along(dbias, columns, E)
-    if z is not None:
-        _store(z, top, rows, columns, inside, acc)
-    if KIND != "":
-        acc, slope = _value_and_slope(acc, KIND)
-        dacc *= slope
-    if residual is not None and y is not None:
-        acc += tl.load(_at(residual, top, rows, columns), mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         _store(y, top, rows, columns, inside, acc)
-    if dresidual is not None:
-        dacc += tl.load(_at(dresidual, top, rows, columns), mask=inside, other=0.0).to(tl.float32)
     if dy is not None:
         _store(dy, top, rows, columns, inside, dacc)
 
 
 # By bytes of a number; what ptxas keeps in registers (tests/ops/test_triton_compiled.py). Two sums
-# of 128 x 128 are half of a multiprocessor's registers: no tile is larger. The first of a list has
-# room for epilogues, the last one only fits Hopper.
+# of 128 x 128 are half of a multiprocessor's registers: no tile is larger. The last one of a list
+# only fits Hopper.
 TILES = {
     2: (
         {"BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
@@ -130,10 +101,10 @@ TILES = {
 }
 
 
-def tiles(x: Tensor, epilogue: bool) -> range:
-    """The tiles to choose from, as indices into TILES."""
+def tiles(x: Tensor) -> int:
+    """How many of TILES, from the first, fit the device; the interpreter has no use for two."""
     count = len(TILES[x.dtype.itemsize])
-    return range(1 if epilogue else count if hopper(x) else count - 1)
+    return 1 if not x.is_cuda else count if hopper(x) else count - 1
 
 
 def _operand(t: Tensor | None) -> Any:
@@ -148,46 +119,35 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 
 def linear_jvp(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dx: list[Tensor | None], dweight: list[Tensor | None], dbias: list[Tensor | None],
-    dresidual: list[Tensor | None], kind: str, keep: bool, tile: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, dx: list[Tensor | None],
+    dweight: list[Tensor | None], dbias: list[Tensor | None], tile: int,
 ) -> list[Tensor]:  # fmt: skip
-    """[y, *dys], and z last if it is kept; one launch per tangent, the first of which writes y.
+    """[y, *dys]; one launch per tangent, the first of which writes y.
 
-    x [M, D], weight [E, D], residual [M, E] and their tangents; one whose rows are not contiguous
-    is copied.
+    x [M, D], weight [E, D] and their tangents; one whose rows are not contiguous is copied.
 
     Raises:
-        ValueError: a shape, dtype, device or kind that does not fit; nothing was launched.
+        ValueError: a shape, dtype or device that does not fit; nothing was launched.
     """
     (m, d), e = x.shape, weight.shape[0]
     expect("linear_jvp_triton", x.device, x.dtype,
-           x=(x, (m, d)), weight=(weight, (e, d)), bias=(bias, (e,)), residual=(residual, (m, e)),
-           dx=(dx, (m, d)), dweight=(dweight, (e, d)), dbias=(dbias, (e,)),
-           dresidual=(dresidual, (m, e)))  # fmt: skip
-    if kind:
-        check_kind(kind, "linear_jvp_triton")
-    y, *outputs = (x.new_empty(m, e) for _ in range(1 + len(dx) + keep))
+           x=(x, (m, d)), weight=(weight, (e, d)), bias=(bias, (e,)),
+           dx=(dx, (m, d)), dweight=(dweight, (e, d)), dbias=(dbias, (e,)))  # fmt: skip
+    y, *dys = (x.new_empty(m, e) for _ in range(1 + len(dx)))
     blocks = TILES[x.dtype.itemsize][tile]
-    options = {
-        **blocks,
-        "KIND": kind, "EVEN": d % blocks["BK"] == 0, "GROUP": 8, "P": _precision(x),
-    }  # fmt: skip
+    options = {**blocks, "EVEN": d % blocks["BK"] == 0, "GROUP": 8, "P": _precision(x)}
     grid = (triton.cdiv(m, blocks["BM"]) * triton.cdiv(e, blocks["BN"]),)
     with torch.cuda.device_of(x):
         for k in range(max(len(dx), 1)):
-            first, tangent = k == 0, k < len(dx)
+            tangent = k < len(dx)
             linear_jvp_kernel[grid](
                 _operand(x), _operand(dx[k]) if tangent else None,
                 _operand(weight), _operand(dweight[k]) if tangent else None,
                 _vector(bias), _vector(dbias[k]) if tangent else None,
-                _operand(residual), _operand(dresidual[k]) if tangent else None,
-                _operand(y) if first else None,
-                _operand(outputs[-1]) if first and keep else None,
-                _operand(outputs[k]) if tangent else None,
+                _operand(y) if k == 0 else None, _operand(dys[k]) if tangent else None,
                 m, e, d, **options,
             )  # fmt: skip
-    return [y, *outputs]
+    return [y, *dys]
 
 
 def _precision(x: Tensor) -> str | None:

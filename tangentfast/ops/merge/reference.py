@@ -142,10 +142,15 @@ def _product_error(
     error.nan_to_num_(0, 0, 0)  # a number too large to be split: its product is rounded
 
 
-def gram(rows: Sequence[Sequence[Tensor]], owners: Sequence[Sequence[int]], size: int) -> Tensor:
-    """``G[owners[r][a], owners[r][b]] = Σ_r ⟨rows[r][a], rows[r][b]⟩``; see `ops.merge.gram`."""
-    total = torch.zeros(size, size, dtype=torch.float64, device=rows[0][0].device)
-    for r, (row, columns) in enumerate(zip(rows, owners, strict=True)):
+def gram(
+    tensors: Sequence[Tensor], counts: Sequence[int], owners: Sequence[int], size: int
+) -> Tensor:
+    """``G[owners[r][a], owners[r][b]] = Σ_r ⟨rows[r][a], rows[r][b]⟩``, in rows of `counts`; see
+    `ops.merge.gram`.
+    """
+    total = torch.zeros(size, size, dtype=torch.float64, device=tensors[0].device)
+    rows = zip(split(tensors, counts), split(owners, counts), strict=True)
+    for r, (row, columns) in enumerate(rows):
         for k, tensor in enumerate(row):
             _check("gram", f"tensors[{r}][{k}]", tensor, row[0], f"tensors[{r}][0]")
         wide = [tensor.to(torch.float64).reshape(-1) for tensor in row]
