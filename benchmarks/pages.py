@@ -114,8 +114,8 @@ def machines(every: Several) -> str:
 
 def _head(every: Several) -> str:
     measured = """`make bench` measures everything anew, `pytest benchmarks -k "step and not
-    compiled" --benchmark-only` a part. This page is generated from the newest results of every machine in
-    [benchmarks/results](../benchmarks/results)."""
+    compiled" --benchmark-only` a part. This page is generated from the newest results of every
+    machine in [benchmarks/results](../benchmarks/results)."""
     early = " and ".join(r.label for r in every if not r.time)
     slow = f"On {early} that round was a sample too, where it was slow." if early else ""
     method = f"""Every comparison first runs its variants once and checks the results against the
