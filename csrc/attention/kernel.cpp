@@ -1,6 +1,7 @@
 #include "kernel.h"
 
 #define TF_BODY "attention/jvp_body.h"
+#define TF_NAMESPACE tangentfast::attention
 #include "../each_isa.h"
 
 namespace tangentfast::attention {
