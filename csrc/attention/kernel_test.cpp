@@ -10,6 +10,7 @@
 
 #include "testing.h"
 
+using namespace tangentfast;
 using namespace tangentfast::attention;
 
 struct Size {

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from truth import TOLERANCE, rounding, units
 
-from tangentfast.ops.attention import attention_jvp
+from tangentfast.ops.attention import AttentionTangent, attention_jvp
+from tangentfast.ops.attention.packed import is_packed, unbind
 from tangentfast.ops.backend import load_native
 
 NATIVE = load_native()[0] is not None
@@ -56,8 +57,8 @@ class Call:
         dmask = draw(n, 1, t, s) if mask == "added" else None
         q, k, v = (draw(*x.shape) for x in self.operands)
         self.rows: list[Any] = [
-            (q, k, v, dmask), (q, None, None, None), (None, k, None, None),
-            (None, None, v, None), None,
+            AttentionTangent(q, k, v, dmask), AttentionTangent(dq=q), AttentionTangent(dk=k),
+            AttentionTangent(dv=v), None,
         ]  # fmt: skip
         self.gqa = hk != h
 
@@ -83,7 +84,7 @@ class Call:
 
         other.operands = [wide(x).requires_grad_() for x in self.operands]
         other.mask, other.causal, other.gqa = wide(self.mask), self.causal, self.gqa
-        other.rows = [row and tuple(map(wide, row)) for row in self.rows]
+        other.rows = [row and AttentionTangent(*map(wide, row)) for row in self.rows]
         return other.results("reference")
 
 
@@ -110,16 +111,78 @@ def test_reference_is_torch_func_jvp() -> None:
         return ((q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1)) @ v
 
     primals = (*(x.detach() for x in call.operands), call.mask)
-    y, dy = torch.func.jvp(plain, primals, call.rows[0])
+    y, dy = torch.func.jvp(plain, primals, tuple(call.rows[0]))
     o, dos = call("reference")
     assert units([o, dos[0]], [y, dy]) <= TOLERANCE[torch.float64]
+
+
+def check_packed_gradients(
+    backend: str, batch_first: bool, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """One gradient of a packed projection, in its layout: the numbers are those of three."""
+    order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
+    packed = torch.randn(2, 5, 3, 4, 8, device=device).to(dtype).requires_grad_()
+    q, k, v = unbind(packed.permute(order))
+    assert is_packed(q, k, v)
+    o, _ = attention_jvp(q, k, v, None, 0.0, False, None, False, [], backend)
+    weight = torch.linspace(-1, 1, o.numel()).view(o.shape).to(o)
+    dq, dk, dv, whole = torch.autograd.grad(o, (q, k, v, packed), weight, retain_graph=True)
+    if backend != "reference":
+        assert len({t.untyped_storage().data_ptr() for t in (dq, dk, dv, whole)}) == 1
+        assert whole.stride() == packed.stride()
+    assert torch.equal(whole, torch.stack([dq, dk, dv]).permute(*map(order.index, range(5))))
+    apart = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    assert not is_packed(*apart)
+    y, _ = attention_jvp(*apart, None, 0.0, False, None, False, [], backend)
+    for got, want in zip((dq, dk, dv), torch.autograd.grad(y, apart, weight), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_gradients(backend: str, dtype: torch.dtype, batch_first: bool) -> None:
+    check_packed_gradients(backend, batch_first, dtype)
+
+
+def test_unbind_is_torch_unbind() -> None:
+    """Whatever becomes of the slices: used twice, in another order, one not at all."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    whole = torch.randn(3, 2, 4, dtype=torch.float64)
+    uses: list[Any] = [
+        lambda a, b, c: a * b.sin() + c + a,
+        lambda a, b, c: a * whole[0] + b * whole[1] + c * whole[2],
+        lambda a, b, c: a * whole[1] + b * whole[0] + c * whole[2],
+        lambda a, b, c: b * b,
+        lambda a, b, c: torch.stack([a, b, c]) * whole,
+        lambda a, b, c: torch.stack([b, a, c]),
+        lambda a, b, c: torch.cat([a, b, c]).mT,
+    ]
+    for use in uses:
+        ours, theirs = (use(*f(x, 1)) for f in (unbind, torch.unbind))
+        weight = torch.randn_like(ours)
+        (g,), (want,) = (torch.autograd.grad(y, x, weight) for y in (ours, theirs))
+        torch.testing.assert_close(g, want, rtol=0, atol=0)
+    assert torch.autograd.gradgradcheck(lambda x: uses[0](*unbind(x, 1)), x)
+
+
+@native_only
+def test_second_derivative() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    k, v = (t[:, :1].detach().requires_grad_() for t in (k, v))
+    mask = torch.randn(5, 5, dtype=torch.float64)
+
+    def primal(*operands: Tensor) -> Tensor:
+        return attention_jvp(*operands, mask, 0.0, True, 0.7, True, [], "native")[0]
+
+    assert torch.autograd.gradgradcheck(primal, (q, k, v))
 
 
 @native_only
 def test_gradient() -> None:
     q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.randn(5, 5, dtype=torch.float64)
-    rows = [(*(torch.randn_like(x) for x in (q, k, v)), None)]
+    rows = [AttentionTangent(*(torch.randn_like(x) for x in (q, k, v)))]
 
     def primal(*operands: Tensor) -> Tensor:
         return attention_jvp(*operands, mask, 0.0, False, 0.7, False, rows, "native")[0]
@@ -136,7 +199,7 @@ def test_mask_with_gradient(backend: str) -> None:
     q, k, v = (torch.randn(2, 2, 6, 4, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
     dbias = torch.randn_like(bias)
-    rows = [(None, None, None, dbias)]
+    rows = [AttentionTangent(dmask=dbias)]
     o, (do,) = attention_jvp(q, k, v, bias, 0.0, False, None, False, rows, backend)
     want = torch.func.jvp(lambda b: (q @ k.mT / 2 + b).softmax(-1) @ v, (bias.detach(),), (dbias,))
     assert units([o, do], want) <= TOLERANCE[torch.float64]
@@ -150,7 +213,7 @@ def test_mask_with_gradient(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_dimensions_and_ragged_strides(backend: str) -> None:
     q, k, v = (torch.randn(2, 8, 9, dtype=torch.float64).mT for _ in range(3))
-    rows = [(torch.randn(2, 9, 8, dtype=torch.float64), None, None, None)]
+    rows = [AttentionTangent(torch.randn(2, 9, 8, dtype=torch.float64))]
     o, (do,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, backend)
     dense = attention_jvp(
         q.contiguous(), k.contiguous(), v.contiguous(), None, 0.0, True, None, False, rows,
@@ -166,7 +229,7 @@ def test_nan_is_not_hidden() -> None:
     q, k, v = (torch.randn(1, 1, 3, 4) for _ in range(3))
     q[0, 0, 1, 2] = math.nan
     o, (do,) = attention_jvp(
-        q, k, v, None, 0.0, False, None, False, [(q.nan_to_num(), None, None, None)], "native"
+        q, k, v, None, 0.0, False, None, False, [AttentionTangent(q.nan_to_num())], "native"
     )
     for t in (o, do):
         assert t[0, 0, 1].isnan().all()  # type: ignore[index]
@@ -193,9 +256,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 def test_nothing_of_the_tangent_stays_alive() -> None:
     q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
     dq = torch.randn(1, 2, 9, 4)
-    o, dos = attention_jvp(
-        q, k, v, None, 0.0, False, None, False, [(dq, None, None, None)], "native"
-    )
+    o, dos = attention_jvp(q, k, v, None, 0.0, False, None, False, [AttentionTangent(dq)], "native")
     alive = [weakref.ref(dq), weakref.ref(dos[0])]
     del dq, dos
     gc.collect()
@@ -230,11 +291,27 @@ def test_opcheck_and_arguments() -> None:
 
 
 @native_only
+def test_opcheck_of_the_backward() -> None:
+    op = torch.ops.tangentfast.attention_backward
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    for given in (q, torch.randn(5, 2, 4, 8).permute(1, 2, 0, 3)):
+        o, lse, _ = torch.ops.tangentfast.attention_jvp(
+            given, k, v, None, False, 0.5, [], [], [], [], True
+        )
+        for packed in (False, True):
+            torch.library.opcheck(
+                op.default, (torch.ones_like(o), given, k, v, o, lse, None, False, 0.5, packed)
+            )
+    with pytest.raises(ValueError, match=r"k has shape \[2, 4, 4, 8\], expected \[2, 4, 5, 8"):
+        op(o, q, k[:, :, 1:], v[:, :, 1:], o, lse, None, False, 0.5, True)
+
+
+@native_only
 def test_autocast_as_torch_does() -> None:
     q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         o, (do,) = attention_jvp(
-            q, k, v, None, 0.0, False, None, False, [(q, k, v, None)], "native"
+            q, k, v, None, 0.0, False, None, False, [AttentionTangent(q, k, v)], "native"
         )
         assert o.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     assert do.dtype == torch.bfloat16  # type: ignore[union-attr]

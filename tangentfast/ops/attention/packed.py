@@ -18,7 +18,7 @@ from tangentfast.ops.contract import plain
 def is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v [N, H, T, D] lie as the slices of a [N, T, 3, H, D] or [T, N, 3, H, D]."""
     heads, depth = q.shape[1], q.shape[3]
-    return (
+    return bool(
         q.shape == k.shape == v.shape
         and q.stride() == k.stride() == v.stride()
         and q.stride()[1::2] == (depth, 1)

@@ -301,7 +301,10 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     mask: Tensor | None, causal: bool, scale: float, packed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k and v, of one shape if `packed`; one program owns each of their rows, so that the bits repeat."""
+    """Gradients of q, k and v, of one shape if `packed`.
+
+    One program owns each of their rows, so that the bits repeat.
+    """
     n, h, shared, t, s = _check("attention_backward_triton", q, k, v, mask)
     if packed:
         expect("attention_backward_triton", q.device, q.dtype, k=(k, q.shape), v=(v, q.shape))
