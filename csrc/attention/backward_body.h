@@ -44,10 +44,7 @@ static inline A dot(int64_t n, const T* x, const T* y) {
   Vec<A> sums{};
   int64_t p = 0;
   for (; p + lanes <= n; p += lanes) {
-    A a[lanes], b[lanes];
-    for (int i = 0; i < lanes; ++i) a[i] = load<A>(x[p + i]);
-    for (int i = 0; i < lanes; ++i) b[i] = load<A>(y[p + i]);
-    sums = madd(load_vector(a), load_vector(b), sums);
+    sums = madd(widen_vector<A>(x + p), widen_vector<A>(y + p), sums);
   }
   A sum = sum_lanes<A>(sums);
   for (; p < n; ++p) sum += load<A>(x[p]) * load<A>(y[p]);

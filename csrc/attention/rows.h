@@ -25,6 +25,34 @@ static inline void scale_add(int64_t n, A scale, const A* x, int64_t column, A* 
   }
 }
 
+#if TF_ISA >= 2
+template <>
+inline __m256 read_line<Whole<float>, Half>(const Half* x, __m256) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+template <>
+inline __m256 read_line<Whole<float>, BFloat16>(const BFloat16* x, __m256) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+#endif
+
+// As many numbers as a vector has, widened.
+template <class A, class T>
+static inline Vec<A> widen_vector(const T* x) {
+  if constexpr (std::is_same_v<A, T>) {
+    return load_vector(x);
+#if TF_ISA >= 2
+  } else if constexpr (sizeof(T) == 2) {
+    return read_line<Whole<float>>(x, Vec<A>{});
+#endif
+  } else {
+    A wide[Lanes<A>::count];
+    for (int i = 0; i < Lanes<A>::count; ++i) wide[i] = load<A>(x[i]);
+    return load_vector(wide);
+  }
+}
+
 // Rows as the left operand of a product, of their own type or of the one computed in.
 template <class T>
 struct Rows {
@@ -45,7 +73,13 @@ static inline Rows<A> rows_of(int64_t, int64_t, const A* x, int64_t stride, A*) 
 template <class A, class T>
 static inline Rows<A> rows_of(int64_t rows, int64_t depth, const T* x, int64_t stride, A* copy) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t p = 0; p < depth; ++p) copy[i * depth + p] = load<A>(x[i * stride + p]);
+    const T* const from = x + i * stride;
+    A* const to = copy + i * depth;
+    int64_t p = 0;
+    for (; p + Lanes<A>::count <= depth; p += Lanes<A>::count) {
+      store_vector(to + p, widen_vector<A>(from + p));
+    }
+    for (; p < depth; ++p) to[p] = load<A>(from[p]);
   }
   return {copy, depth};
 }
@@ -56,18 +90,6 @@ static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, R
                                  const A* right, A* c, int64_t ldc, bool add) {
   multiply(rows, columns, depth, left.data, left.stride, right, depth * kPanel<A>, c, ldc, add);
 }
-
-#if TF_ISA >= 2
-template <>
-inline __m256 read_line<Whole<float>, Half>(const Half* x, __m256) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
-template <>
-inline __m256 read_line<Whole<float>, BFloat16>(const BFloat16* x, __m256) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-#endif
 
 #if TF_ISA == 513
 // Products of bfloat16 are exact in float, so that pairs of them are multiplied as they lie.
