@@ -91,6 +91,11 @@ static void run(const AttentionBackward& c, int64_t n, int64_t g, void* memory) 
         const int64_t own = c.causal && first + i + 1 < seen ? first + i + 1 : seen;
         scale_add(own, scale, c.mask.data ? at<A>(c.mask, n, h, first + i) : nullptr, c.mask_column,
                   row);
+        prefetch<T>(c.q, n, h + 1, first + i, c.depth);
+        prefetch<T>(c.k, n, g + 1, first + i, c.depth);
+        prefetch<T>(c.v, n, g + 1, first + i, c.value_depth);
+        prefetch<T>(c.grad, n, h + 1, first + i, c.value_depth);
+        prefetch<T>(c.o, n, h + 1, first + i, c.value_depth);
         const A delta = dot<A>(c.value_depth, at<T>(c.o, n, h, first + i), grad + i * c.grad.row);
         softmax_row_backward(row, s.ds + i * width, *at<A>(c.lse, n, h, first + i), delta, scale,
                              own, width);

@@ -110,6 +110,9 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
       const int64_t own = c.causal && first + i + 1 < seen ? first + i + 1 : seen;
       scale_add(own, scale, c.mask.data ? at<A>(c.mask, n, h, first + i) : nullptr, c.mask_column,
                 row);
+      prefetch<T>(c.q, n, h + 1, first + i, c.depth);
+      prefetch<T>(c.k, n, kv + 1, first + i, c.depth);
+      prefetch<T>(c.v, n, kv + 1, first + i, c.value_depth);
       const A lse = softmax_row(row, own, width);
       if (c.lse.data) *const_cast<A*>(at<A>(c.lse, n, h, first + i)) = lse;
     }
@@ -140,6 +143,9 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
       }
       if (some) {
         for (int64_t i = 0; i < rows; ++i) {
+          prefetch<T>(d.dq, n, h + 1, first + i, c.depth);
+          prefetch<T>(d.dk, n, kv + 1, first + i, c.depth);
+          prefetch<T>(d.dv, n, kv + 1, first + i, c.value_depth);
           softmax_row_jvp(s.p + i * width, d.dmask.data ? A(1) : scale, s.ds + i * width, width);
         }
         multiply(rows, c.value_depth, seen, s.ds, width, s.v, v_panel, s.o, values, false);

@@ -13,6 +13,16 @@ static inline const T* at(const Operand& x, int64_t n, int64_t h, int64_t row) {
   return static_cast<const T*>(x.data) + n * x.batch + h * x.head + row * x.row;
 }
 
+// Asks for a row of the next head while this one is computed: rows of 64 numbers lie far apart, and
+// waiting for them is a third of the time of 50 keys in float. Nothing is read where there is none.
+template <class T>
+static inline void prefetch(const Operand& x, int64_t n, int64_t h, int64_t row, int64_t columns) {
+  if (!x.data) return;
+  const char* const from = reinterpret_cast<const char*>(at<T>(x, n, h, row));
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // y <- scale y + x; x may be null.
 template <class A>
 static inline void scale_add(int64_t n, A scale, const A* x, int64_t column, A* y) {
