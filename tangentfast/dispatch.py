@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.utils._pytree import tree_leaves
 
 from tangentfast import _torch, inplace
-from tangentfast._torch import version
+from tangentfast._torch import in_transform, version
 from tangentfast.dual import Dual, like, make_dual, name_of, plain, rebuild, wrap
 from tangentfast.fallback import Underivable, fallback, random_state
 from tangentfast.graph import origins
 from tangentfast.passes import REPLAY, STRICT_REPLAY, Pass, current
 from tangentfast.rules import RULES
-from tangentfast.rules.registry import WRITES, Inexact, Row, Rule, evaluate
+from tangentfast.rules.registry import WRITES, Inexact, Row, Rule
 
 Options = dict[str, Any]  # keyword arguments
 
@@ -31,11 +31,12 @@ def _open(
     func: Callable[..., Any], args: Sequence[Any], pass_: Pass
 ) -> tuple[list[Any], list[Row]]:
     """The primals of the arguments, checked, and for each of the K tangents those of all."""
+    # Loops, not comprehensions: every operation comes by here.
+    none: Sequence[Any] = (None,) * pass_.k
     primals: list[Any] = []
     columns: list[Sequence[Any]] = []
-    none = (None,) * pass_.k
     for x in args:
-        column: Sequence[Any] = none
+        column = none
         kind = type(x)
         if kind is Dual:
             primal = x.primal
@@ -50,14 +51,17 @@ def _open(
             x = _primal(func, x, pass_)
         primals.append(x)
         columns.append(column)
-    return primals, [_row(row) for row in zip(*columns, strict=True)]
+    rows: list[Row] = []
+    for row in zip(*columns):  # noqa: B905
+        rows.append(row if _present(row) else None)
+    return primals, rows
 
 
-def _row(row: Sequence[Any]) -> Row:
-    for dx in row:
+def _present(row: Sequence[Any]) -> bool:
+    for dx in row:  # noqa: SIM110 (a generator costs more than the loop)
         if dx is not None:
-            return row
-    return None
+            return True
+    return False
 
 
 def _primal(func: Callable[..., Any], x: Any, pass_: Pass) -> Any:
@@ -78,7 +82,7 @@ def _tangent(x: Any, k: int) -> Any:
         return x.tangents[k]
     if isinstance(x, (tuple, list)):
         row = [_tangent(e, k) for e in x]
-        return row if _row(row) is not None else None
+        return row if _present(row) else None
     return None
 
 
@@ -171,13 +175,13 @@ def _metadata(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs:
 
 
 def _forbidden(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
-    pass_ = _pass_of(func, args, kwargs)
+    pass_ = _entered(func, args, kwargs, moving=False)
     raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
 
 
 def _structural(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
     """A function linear in its first argument, or one whose derivative is zero."""
-    pass_ = _entered(func, args, kwargs, rule.kind == "linear")
+    pass_ = _entered(func, args, kwargs, moving=rule.kind == "linear")
     if not args:  # torch.softmax(input=x, dim=-1)
         kwargs = dict(kwargs)
         args = [kwargs.pop("input" if "input" in kwargs else next(iter(kwargs)))]
@@ -190,8 +194,8 @@ def _structural(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwarg
     y = func(*primals, **options)
     if rule.kind == "constant":
         return y.detach() if isinstance(y, Tensor) else y
-    rest = primals[1:]
-    dys = evaluate(lambda dx, *_: func(dx, *rest, **options), rows)
+    # Only floating numbers require grad, and the first argument has them all: nothing is recorded.
+    dys = [None if row is None else func(row[0], *primals[1:], **options) for row in rows]
     return wrap(y, dys, pass_, args)
 
 
@@ -258,20 +262,10 @@ _BY_KIND: dict[str, Callable[..., Any]] = {
 def _entered(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Options, moving: bool = True
 ) -> Pass:
-    """The pass of a call, if it is one that tangents can follow; `moving`: they have to."""
-    pass_ = _pass_of(func, args, kwargs)
-    if moving and pass_.k and not torch.is_grad_enabled():
-        _refuse_no_grad(func, pass_)
-    if kwargs and kwargs.get("out") is not None:
-        raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
-            "assign the function's result instead."
-        )
-    return pass_
+    """The pass of a call, which has to be one that tangents can follow where they are `moving`.
 
-
-def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> Pass:
-    """This thread's pass, or on a thread of the model's own that of the arguments."""
+    It is this thread's, or on a thread of the model's own that of the arguments.
+    """
     pass_ = current()
     if pass_ is None or pass_ is REPLAY:
         owners = [x.owner for x in tree_leaves((args, kwargs)) if type(x) is Dual]
@@ -285,8 +279,15 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> 
             "had finished. Take tensors from the outputs of the linearized model, or detach them "
             "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
-    if pass_.active and _torch.in_transform():
+    if pass_.active and in_transform():
         pass_.check_no_transform(name_of(func))
+    if moving and pass_.k and not is_grad_enabled():
+        _refuse_no_grad(func, pass_)
+    if kwargs and kwargs.get("out") is not None:
+        raise RuntimeError(
+            f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
+            "assign the function's result instead."
+        )
     return pass_
 
 
