@@ -124,9 +124,9 @@ for _name, (_parameters, _derivative) in PARAMETRIC.items():
         _unary(_function, _derivative, _parameters)
 
 
-def _rows(tangents: Sequence[Any]) -> list[Any]:
+def _first(tangents: Sequence[Any]) -> list[Any]:
     """Of each tangent's arguments the first."""
-    return [row and row[:1] for row in tangents]
+    return [row and row[0] for row in tangents]
 
 
 @fused("gelu")
@@ -134,12 +134,12 @@ def gelu(
     tangents: Any, input: Tensor, approximate: str = "none"
 ) -> tuple[Tensor, list[Any]] | None:
     kind = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-    return None if kind is None else activation_jvp(input, kind, _rows(tangents))
+    return None if kind is None else activation_jvp(input, kind, _first(tangents))
 
 
 @fused("silu")
 def silu(tangents: Any, input: Tensor, inplace: bool = False) -> tuple[Tensor, list[Any]]:
-    return activation_jvp(input, "silu", _rows(tangents))
+    return activation_jvp(input, "silu", _first(tangents))
 
 
 @rule("add", complex=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.ops.layer_norm import layer_norm_jvp, rms_norm_jvp
+from tangentfast.ops.layer_norm import NormTangent, layer_norm_jvp, rms_norm_jvp
 from tangentfast.rules.registry import Inexact, Jvp, fused, rule
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, list[Any]]:
-    rows = [row and (row[0], row[2], row[3]) for row in tangents]
+    rows = [row and NormTangent(row[0], row[2], row[3]) for row in tangents]
     return layer_norm_jvp(input, normalized_shape, weight, bias, eps, rows)
 
 
@@ -43,7 +43,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    rows = [row and (row[0], row[2]) for row in tangents]
+    rows = [row and NormTangent(row[0], row[2]) for row in tangents]
     return rms_norm_jvp(input, normalized_shape, weight, eps, rows)
 
 

@@ -71,16 +71,9 @@ def test_info_prints_the_table(op: Op) -> None:
     report = info()
     assert report.ops[op.name]["cpu"] == {"native": "", "reference": ""}
     assert "never_defined" in report.ops[op.name]["cuda"]["triton"]
-    lines = [line.split() for line in str(report).splitlines()]
-    assert [
-        "of_the_test",
-        "native,",
-        "reference",
-        "(cpu),",
-        "native,",
-        "reference",
-        "(cuda)",
-    ] in lines
+    words = [line.split() for line in str(report).splitlines()]
+    expected = ["of_the_test", "native,", "reference", "(cpu),", "native,", "reference", "(cuda)"]
+    assert expected in words
     assert str(report).count("no triton of_the_test on cuda: there is no Triton kernel of") == 1
 
 
