@@ -9,17 +9,6 @@
 #endif
 
 TORCH_LIBRARY(tangentfast, m) {
-  // q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, Dv], mask added to [N, H, T, S]; K tangents, in
-  // which a None is zero. Returns o [N, H, T, Dv], its log-sum-exp [N, H, T] (both empty unless
-  // `primal`), and K tangents of o.
-  m.def(
-      "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-      "Tensor?[] dq, Tensor?[] dk, Tensor?[] dv, Tensor?[] dmask, bool primal) "
-      "-> (Tensor o, Tensor lse, Tensor[] do)");
-  // Gradients of q, k and v from that of o, with o and lse as attention_jvp gave them.
-  m.def(
-      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-      "Tensor? mask, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
   // Norms and activations: y with its ordinary gradient, and its K tangents, without one. tangents
   // holds one entry for each tensor that may have a tangent, K times over; the order is in the
   // op.h beside the kernel. sums: with a residual, x + residual, which is then normalised, and

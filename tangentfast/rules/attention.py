@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangentfast import _torch
-from tangentfast.ops.attention import attention_jvp
+from tangentfast.ops.attention import AttentionTangent, attention_jvp
 from tangentfast.rules.registry import RULES, Rule, fused
 
 
@@ -24,7 +24,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, list[Any]]:
-    rows = [row and tuple(row[:4]) for row in tangents]
+    rows = [row and AttentionTangent(*row[:4]) for row in tangents]
     return attention_jvp(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, rows
     )
