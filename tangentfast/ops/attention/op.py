@@ -108,8 +108,10 @@ def _attention(
     given = columns(tangents, 4)
     dos: Sequence[Tensor]
     if provider is ATTENTION.reference:
-        operands = (q, k, v, mask, causal, scale)
-        o, dos = reference.attention_jvp(*operands, *given, dropout=dropout, gqa=gqa)
+        dq, dk, dv, dmask = given
+        o, dos = reference.attention_jvp(
+            q, k, v, mask, causal, scale, dq, dk, dv, dmask, dropout, gqa
+        )
         return o, in_places(tangents, dos)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
