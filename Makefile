@@ -29,7 +29,7 @@ versions: $(READY)  ## run the tests against the oldest and the newest versions,
 bench: $(READY)  ## run the benchmarks (10 minutes) and rewrite docs/benchmarks.md from them
 	results=$$($(RUN) benchmarks/machine.py) && \
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q --benchmark-json=$$results && \
-	$(RUN) benchmarks/document.py $$results
+	$(RUN) benchmarks/document.py
 
 lint: $(READY)  ## format check, lint and types
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""How a step grows with batch, tokens and depth, and a forward with K; and what Python adds per op.
+"""How a step grows with batch, tokens and depth, and a forward with K.
 
     pytest benchmarks/bench_growth.py --benchmark-only
 
@@ -13,10 +13,9 @@ import baselines
 import pytest
 import torch
 from harness import DEVICE, SMOKE, assert_close, compare
-from networks import directions, images, network, vit
+from networks import directions, images, vit
 from regimes import ORDINARY, OURS, OURS_ATTENTION, PUBLISHED
 from steps import step
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tangentfast as tf
 
@@ -78,55 +77,4 @@ def test_growth_of_tangents(k: int, benchmark: Any) -> None:
             value=k,
             width=WIDTH,
             **BASE,
-        )
-
-
-class _Tape(TorchDispatchMode):
-    """The aten operations of a piece of code, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append((func, args, kwargs or {}))
-        return func(*args, **kwargs or {})
-
-    def replay(self) -> None:
-        for func, args, kwargs in self.calls:
-            func(*args, **kwargs)
-
-
-def test_overhead(benchmark: Any) -> None:
-    """ViT-Ti, one image: the linearized forward against its own aten operations, one by one.
-
-    What is between the two is the Python of the dual layer.
-    """
-    model = network("ViT-Ti/16")
-    x, vector = images(1), directions(model, 1)[0]
-    linear = tf.linearize(model, at=vector)
-    with torch.no_grad():
-        tape = _Tape()
-        with tape:
-            expected = linear(x)
-        assert len(tape.calls) > 0
-
-        def check(results: dict[str, Any]) -> None:
-            assert_close(results["tangentfast"], sum(results["torch.func.jvp"]), "overhead")
-            assert_close(results["tangentfast"], expected, "the taped forward")
-
-        compare(
-            benchmark,
-            {
-                "tangentfast": lambda: linear(x),
-                "torch.func.jvp": lambda: baselines.jvp(model, x, vector),
-                "forward": lambda: model(x),
-                "same aten operations": tape.replay,
-            },
-            check,
-            against="same aten operations",
-            seconds=5.0,
-            rounds=15,
-            model="ViT-Ti/16",
-            operations=len(tape.calls),
         )

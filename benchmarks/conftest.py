@@ -1,11 +1,11 @@
-"""What a run leaves: raw seconds and the machine as JSON, and its ratios on the terminal."""
+"""What the suite leaves: raw seconds and the machine as JSON, and its ratios on the terminal."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import datetime
 from typing import Any
 
 import machine
@@ -38,9 +38,11 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Replace pytest-benchmark's file by ours: seconds of every round, no statistics."""
+    now = datetime.now()
     output_json.clear()
     output_json |= {
-        "date": str(date.today()),
+        "date": str(now.date()),
+        "time": now.strftime("%H:%M"),
         "commit": machine.commit(),
         "smoke": SMOKE,
         "seconds": time.perf_counter() - STARTED,
@@ -53,17 +55,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Ratios of every comparison, and how long it took of the whole."""
     write = terminalreporter.write_line
     for record in RECORDS:
-        found = Comparison(*(record[key] for key in ("name", "suite", "facts", "variants")))
-        write(f"{found.suite}: {found.name} ({record['took']:.0f} s in all)")
-        for variant, figures in found.variants.items():
-            if "bytes" in figures:
-                write(f"  {variant:30s} {figures['bytes'] / 1e9:9.3f} GB")
+        c = Comparison(*(record[key] for key in ("name", "suite", "facts", "variants")))
+        write(f"{c.suite}: {c.name} ({record['took']:.0f} s in all)")
+        for variant, measured in c.variants.items():
+            if "bytes" in measured:
+                write(f"  {variant:36s} {measured['bytes'] / 1e9:9.3f} GB")
                 continue
-            against = found.facts["against"]
-            line = f"{found.seconds(variant) * 1e3:10.3f} ms {found.times(variant, against):8.3f}"
+            against = c.facts["against"]
+            line = f"{c.seconds(variant) * 1e3:10.3f} ms {c.times(variant, against):8.3f}"
             rate = ""
-            if "work" in figures:
-                rate = f"  {found.rate(variant) / 1e9:7.1f} G{found.facts['unit']}/s"
-            write(f"  {variant:30s} {line} × {against}{rate}")
+            if "work" in measured:
+                rate = f"  {c.rate(variant) / 1e9:7.1f} G{c.facts['unit']}/s"
+            write(f"  {variant:36s} {line} × {against}{rate}")
     if RECORDS:
         write(f"{os.cpu_count()} cores, {time.perf_counter() - STARTED:.0f} s in all")

@@ -1,10 +1,11 @@
-"""Turn the JSON of a run into docs/benchmarks.md, its figures and README's short table.
+"""Turn the results of every machine into docs/benchmarks.md, its charts and README's short table.
 
-    python benchmarks/document.py benchmarks/results/<machine>/<date>-<commit>.json
+    python benchmarks/document.py
 
 Everything shown is computed from the seconds of single rounds: a ratio is the median over the
-ratios of rounds, a time the median over rounds. What a run left out is left out of the page. A run
-on a GPU writes docs/benchmarks-gpu.md and leaves the README alone.
+ratios of rounds, a time the median over rounds. What was not measured is left out. The newest
+results of each folder of benchmarks/results/ stand side by side; those of GPUs are in
+docs/benchmarks-gpu.md.
 """
 
 from __future__ import annotations
@@ -15,24 +16,28 @@ from pathlib import Path
 
 import figures
 import pages
-from readings import Run
+from readings import newest
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-def document(run: Run, root: Path) -> list[Path]:
-    """Write the page and its figures, and README's part where README.md is; the paths written."""
-    kind = "gpu" if run.machine["gpu"] else "cpu"
-    folder = root / "docs" / "figures"
-    drawn = figures.draw(run, folder, kind)
-    page = root / "docs" / ("benchmarks-gpu.md" if kind == "gpu" else "benchmarks.md")
-    page.write_text(pages.page(run, drawn))
-    written = [page, *(folder / name for name in drawn)]
-    readme = root / "README.md"
-    if kind == "cpu" and readme.exists():
-        readme.write_text(between(readme.read_text(), pages.short(run)))
-        written.append(readme)
+def document(folder: Path, root: Path) -> list[Path]:
+    """Write the pages and their charts, and README's part where README.md is; the paths written."""
+    written: list[Path] = []
+    charts = root / "docs" / "figures"
+    for name, gpu in (("benchmarks", False), ("benchmarks-gpu", True)):
+        every = [r for r in newest(folder) if bool(r.machine["gpu"]) == gpu]
+        if not every:
+            continue
+        drawn = {r.folder: figures.draw(r, charts) for r in every}
+        path = root / "docs" / f"{name}.md"
+        path.write_text(pages.page(every, drawn))
+        written += [path, *(charts / chart for names in drawn.values() for chart in names)]
+        readme = root / "README.md"
+        if not gpu and readme.exists():
+            readme.write_text(between(readme.read_text(), pages.short(every)))
+            written.append(readme)
     return written
 
 
@@ -50,14 +55,14 @@ def between(text: str, part: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/benchmarks.md from a run's JSON.")
-    parser.add_argument("results", type=Path, help="the JSON of a run")
+    parser = argparse.ArgumentParser(description="Write docs/benchmarks.md from all results.")
+    help_ = "a folder with a folder of JSON for each machine"
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help=help_)
     parser.add_argument("--root", type=Path, default=ROOT, help="folder with README.md and docs/")
     options = parser.parse_args()
-    run = Run.load(options.results)
-    if run.smoke and options.root == ROOT:
-        raise SystemExit("document.py: a run with BENCH_SMOKE=1 says nothing; pass --root to try")
-    for path in document(run, options.root):
+    if options.root == ROOT and any(r.smoke for r in newest(options.results)):
+        raise SystemExit("document.py: results of BENCH_SMOKE=1 say nothing; pass --root to try")
+    for path in document(options.results, options.root):
         sys.stdout.write(f"{path}\n")
 
 

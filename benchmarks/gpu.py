@@ -59,7 +59,7 @@ STAGES = [
         "build",
         # Not pip, which may want the network. egg_info says the version of what lies here.
         [sys.executable, "setup.py", "-q", "egg_info", "build_ext", "--inplace"],
-        130,
+        125,
         {"TANGENTFAST_CUDA": "1", "TANGENTFAST_NATIVE": "1"},
     ),
     Stage("test", [*PYTEST, "-m", "gpu"], 130),
@@ -70,14 +70,15 @@ STAGES = [
         needs="compute-sanitizer",
     ),
     bench("merge", 25),
-    bench("kernels", 65),
+    bench("kernels", 60),
     bench("step", 105),
-    bench("tangents", 25),
+    bench("tangents", 20),
     bench("growth", 20),
+    bench("python", 15),
 ]
 
 
-def run(stage: Stage, environment: dict[str, str], patience: int = 1) -> str:
+def execute(stage: Stage, environment: dict[str, str], patience: int = 1) -> str:
     """The stage's outcome in a few words; what it printed is in its log.
 
     Its limit of time is multiplied by `patience`.
@@ -108,15 +109,15 @@ def run(stage: Stage, environment: dict[str, str], patience: int = 1) -> str:
 
 
 def gather(stages: list[Stage]) -> dict[str, Any] | None:
-    """The results of all stages that left some, as those of one run."""
-    found = [json.loads(s.results.read_text()) for s in stages if s.results.exists()]
-    if not found:
+    """The results of all stages that left some, as those of one execution of the suite."""
+    parts = [json.loads(s.results.read_text()) for s in stages if s.results.exists()]
+    if not parts:
         return None
     rest = {
-        "seconds": sum(part["seconds"] for part in found),
-        "benchmarks": [record for part in found for record in part["benchmarks"]],
+        "seconds": sum(part["seconds"] for part in parts),
+        "benchmarks": [record for part in parts for record in part["benchmarks"]],
     }
-    return {**found[0], **rest}
+    return {**parts[0], **rest}
 
 
 def publish(results: dict[str, Any], root: Path) -> tuple[Path, str]:
@@ -125,18 +126,17 @@ def publish(results: dict[str, Any], root: Path) -> tuple[Path, str]:
     import document
     import machine
     from bars import verdicts
-    from readings import Run
+    from readings import Results
 
     name = f"{results['date']}-{results['commit']}.json"
     path = root / "benchmarks" / "results" / machine.slug(results["machine"]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    run = Run.load(path)
-    document.document(run, root)
+    document.document(root / "benchmarks" / "results", root)
     lines = [
         f"{'met   ' if bar.met(value) else 'MISSED'} {value:6.2f} "
         f"{'≥' if bar.at_least else '≤'} {bar.limit:.2f}  {bar.what}\n"
-        for bar, value in verdicts(run)
+        for bar, value in verdicts(Results.load(path))
     ]
     return path, "".join(lines)
 
@@ -164,7 +164,8 @@ def main() -> int:
     outcomes = {}
     for stage in chosen:
         # A machine without a GPU has few cores to compile on, as a rule.
-        outcomes[stage.name] = run(stage, environment, patience=8 if options.rehearse else 1)
+        patience = 8 if options.rehearse else 1
+        outcomes[stage.name] = execute(stage, environment, patience)
         sys.stdout.write(f"{stage.name}: {outcomes[stage.name]}\n")
         sys.stdout.flush()
     results = gather(chosen)

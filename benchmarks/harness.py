@@ -1,9 +1,11 @@
-"""How everything here is measured: variants interleaved, results checked first, raw seconds kept.
+"""How everything here is measured: variants interleaved, results checked first, raw seconds noted.
 
 ``compare`` runs every variant once a round, so that a disturbance of the machine meets all of them,
 and a ratio is the median over the ratios of single rounds. It writes the seconds of every round
 into pytest-benchmark's ``extra_info``; document.py computes what is shown from those, and only from
-those. BENCH_SMOKE=1 makes every problem tiny and runs one round: it shows that the suite works.
+those. The first round is never a sample: in it the library measures which of several ways is the
+fastest, compilers compile, and caches and pages are touched. BENCH_SMOKE=1 makes every problem tiny
+and runs one round: it shows that the suite works.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = Callable[[], Any]
+import tangentfast as tf
+
+Call = Callable[[], Any]
 
 SMOKE = os.environ.get("BENCH_SMOKE") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHORTEST = 0.0 if SMOKE else 2e-3  # seconds: what is quicker is called several times a round
-SLOW = 5.0  # seconds: a first round of this length needs no other one to warm up
+SHORT = 0.1  # seconds of a first call that is repeated to see how long one takes
+SLOW = 10.0  # seconds of two rounds: a third variant that takes most of them has one sample
 
 # Relative error of the concatenated results. The tests hold the library to float64 truth; here two
 # ways in one dtype are compared, each with its own rounding.
@@ -36,7 +41,7 @@ TOLERANCE = {
 
 def compare(
     benchmark: Any,
-    variants: Mapping[str, Run],
+    variants: Mapping[str, Call],
     check: Callable[[dict[str, Any]], None],
     *,
     against: str,
@@ -47,9 +52,9 @@ def compare(
 ) -> None:
     """Time `variants`, interleaved, and record them.
 
-    The first round gives the results for `check`, which raises where they differ, and its times:
-    as many rounds follow as fit into `seconds`, at most `rounds`. Where the first round was slow it
-    is one of those, and a third variant that took more than half of it is not run again.
+    The first round gives the results for `check`, which raises where they differ, and is no sample.
+    At least one round follows, then as many as fit into `seconds`, at most `rounds`. Where a round
+    is slow, a third variant that takes more than half of it is left out of all but one.
 
     Args:
         benchmark: pytest-benchmark's fixture; its own time is that of the whole comparison.
@@ -58,6 +63,9 @@ def compare(
         against: the variant that ratios refer to.
         work: bytes moved or FLOPs done by one call of a variant, for rates.
         facts: what was measured; JSON values. `unit` is "B" or "FLOP" where there is `work`.
+
+    Raises:
+        AssertionError: the results differ, or the library chose its ways within a sample.
     """
 
     def measure() -> dict[str, list[float]]:
@@ -66,17 +74,23 @@ def compare(
             first[name], results[name] = timed(run)
         check(results)
         results.clear()
-        total = sum(first.values())
-        slow = total >= SLOW
-        samples = {name: [took] if slow else [] for name, took in first.items()}
-        dear = total / 2 if slow and len(variants) > 2 else math.inf
-        again = [name for name, took in first.items() if took <= dear]
-        calls = {name: max(1, math.ceil(SHORTEST / first[name])) for name in again}
-        left = (seconds - total * slow) / sum(first[name] for name in again)
-        count = 1 if SMOKE else max(not slow, min(rounds - slow, int(left)))
-        for r in range(count):
-            for name in again if r % 2 == 0 else again[::-1]:
+        chosen = tf.info().measured
+        spent = sum(first.values())
+        # The first call of a short one may be mostly measurement: it does not say how many to time.
+        short = {name: timed(variants[name])[0] for name, took in first.items() if took < SHORT}
+        calls = {name: max(1, math.ceil(SHORTEST / short.get(name, SHORT))) for name in variants}
+        samples: dict[str, list[float]] = {name: [] for name in variants}
+        names = list(variants)
+        for r in range(1 if SMOKE else rounds):
+            for name in names if r % 2 == 0 else names[::-1]:
                 samples[name].append(timed(variants[name], calls[name])[0])
+            took = {name: samples[name][0] * calls[name] for name in names}
+            spent += sum(took.values())
+            if r == 0 and len(names) > 2 and spent > SLOW:
+                names = [name for name in names if took[name] <= sum(took.values()) / 2]
+            if spent + sum(took[name] for name in names) > seconds:
+                break
+        assert tf.info().measured == chosen, "a way was chosen within a sample"
         return samples
 
     samples = benchmark.pedantic(measure, rounds=1, iterations=1)
@@ -90,7 +104,7 @@ def compare(
     }
 
 
-def timed(run: Run, calls: int = 1) -> tuple[float, Any]:
+def timed(run: Call, calls: int = 1) -> tuple[float, Any]:
     """Seconds per call, and the last call's result; on a GPU from idle to idle."""
     synchronize()
     start = time.perf_counter()
@@ -116,14 +130,24 @@ def tensors(results: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-def assert_close(found: Any, expected: Any, what: str, slack: float = 1.0) -> None:
-    """Relative error of all tensors of `found` together, in the Euclidean norm.
+def error(result: Any, expected: Any) -> float:
+    """Relative error of all tensors of `result` together, in the Euclidean norm.
 
     Together, since some gradients are zero in exact arithmetic (those of key biases).
     """
-    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    pairs = list(zip(tensors(result), tensors(expected), strict=True))
     wide = [(a.detach().double(), b.detach().double()) for a, b in pairs]
-    error = math.sqrt(sum(float((a - b).square().sum()) for a, b in wide))
-    size = math.sqrt(sum(float(b.square().sum()) for _, b in wide))
-    limit = TOLERANCE[pairs[0][0].dtype] * slack
-    assert error <= limit * size, f"{what}: relative error {error / size:.1e}, limit {limit:.1e}"
+    size = sum(float(b.square().sum()) for _, b in wide)
+    off = sum(float((a - b).square().sum()) for a, b in wide)
+    return math.sqrt(off / size) if size else off and math.inf
+
+
+def assert_close(result: Any, expected: Any, what: str, slack: float = 1.0) -> None:
+    """`error` is at most the dtype's tolerance, `slack` times.
+
+    Raises:
+        AssertionError: it is not; both are in the message.
+    """
+    limit = TOLERANCE[tensors(result)[0].dtype] * slack
+    off = error(result, expected)
+    assert off <= limit, f"{what}: relative error {off:.1e}, limit {limit:.1e}"

@@ -1,6 +1,6 @@
-"""The machine a run was on, in words that name no host, and where its results go.
+"""The machine that was measured, in words that name no host, and where its results go.
 
-python benchmarks/machine.py     # prints the path for a run of today's commit
+python benchmarks/machine.py     # prints the path for results of today's commit
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from readings import kind
 
 import tangentfast as tf
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = ("torch", "tangentfast", "open_clip_torch", "timm", "numpy")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 ALLOCATORS = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, instruction set, cores, threads, versions, and what steers the allocator."""
+    """Processor, instruction sets, cores, threads, versions, and what steers the allocator.
+
+    `instructions` is what the processor has, `isa` what our kernels use of it.
+    """
     flags = _cpuinfo("flags").split()
-    isa = tf.info().isa or torch.backends.cpu.get_cpu_capability().lower()
-    extensions = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "isa": " ".join([isa, *extensions]),
+        "vendor": _cpuinfo("vendor_id"),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "isa": tf.info().isa or torch.backends.cpu.get_cpu_capability().lower(),
         "cores": os.cpu_count(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
@@ -51,7 +56,7 @@ def describe() -> dict[str, Any]:
 
 def slug(machine: dict[str, Any]) -> str:
     """The machine's folder under results/: the GPU's name, or processor, ISA and cores."""
-    words = machine["gpu"] or f"{machine['cpu']} {machine['isa']} {machine['cores']}cores"
+    words = machine["gpu"] or " ".join([machine["cpu"], *kind(machine), f"{machine['cores']}cores"])
     words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*ghz", "", words.lower())
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 

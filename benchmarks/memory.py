@@ -49,15 +49,16 @@ def peaks(name: str, dtype: torch.dtype, batch: int, variants: list[str]) -> dic
     answer = process.stdout.readline()
     if not answer:
         raise RuntimeError(f"memory.py ended with {process.wait()}; its messages are above")
-    found: dict[str, int] = json.loads(answer)
-    return found
+    peaks: dict[str, int] = json.loads(answer)
+    return peaks
 
 
 def _peak(once: Step) -> int:
     for parameter in once.trained.values():
         parameter.grad = torch.ones_like(parameter)  # touched: memory that rests
-    # A first step of one image, so that what libraries set up once is not counted.
-    once.model(once.x[:1]).square().mean().backward()
+    # A whole step first: what libraries set up once, and our measurement of which way is the
+    # fastest, made at the first step of a shape, are not counted.
+    once.model(once.x).square().mean().backward()
     gc.collect()
     rest = _memory()
     _reset()
@@ -68,10 +69,10 @@ def _peak(once: Step) -> int:
 def _memory(which: str = "now") -> int:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-        found: int = (
+        allocated: int = (
             torch.cuda.max_memory_allocated() if which == "peak" else torch.cuda.memory_allocated()
         )
-        return found
+        return allocated
     key = "VmHWM" if which == "peak" else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
@@ -89,12 +90,12 @@ def main() -> None:
         name, dtype, batch, variants = json.loads(line)
         kind = getattr(torch, dtype)
         model, x = network(name, kind), images(batch, kind)
-        found = {}
+        measured = {}
         for variant in variants:
             model.zero_grad(set_to_none=True)
-            found[variant] = _peak(step(variant, model, x))
+            measured[variant] = _peak(step(variant, model, x))
             gc.collect()
-        print(json.dumps(found), flush=True)
+        print(json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":

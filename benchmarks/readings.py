@@ -1,9 +1,10 @@
-"""What can be read from the JSON of a run: ratios, rates, shares of the ceiling, slopes."""
+"""What can be read from the JSON of results: ratios, rates, shares of the ceiling, slopes."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ COPIES = ("copy_", "memcpy")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison of variants: what was measured, and the figures of each variant."""
+    """One comparison of variants: what was measured, and the numbers of each variant."""
 
     name: str
     suite: str
@@ -49,8 +50,8 @@ class Comparison:
         return statistics.median(rate / top for rate, top in pairs)
 
     def _rates(self, variant: str) -> list[float]:
-        figures = self.variants[variant]
-        return [figures["work"] / seconds for seconds in figures["seconds"]]
+        measured = self.variants[variant]
+        return [measured["work"] / seconds for seconds in measured["seconds"]]
 
     def title(self) -> str:
         """Network, batch and dtype."""
@@ -59,10 +60,12 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of the suite on one machine."""
+class Results:
+    """One execution of the suite on one machine; `folder` is the machine's."""
 
+    folder: str
     date: str
+    time: str
     commit: str
     machine: dict[str, Any]
     seconds: float
@@ -70,16 +73,23 @@ class Run:
     comparisons: list[Comparison]
 
     @classmethod
-    def load(cls, path: Path) -> Run:
+    def load(cls, path: Path) -> Results:
         data = json.loads(path.read_text())
         comparisons = [
             Comparison(b["name"], b["suite"], b["facts"], b["variants"]) for b in data["benchmarks"]
         ]
         rest = {key: data[key] for key in ("date", "commit", "machine", "seconds", "smoke")}
-        return cls(comparisons=comparisons, **rest)
+        time, folder = data.get("time", ""), path.parent.name
+        return cls(comparisons=comparisons, time=time, folder=folder, **rest)
+
+    @property
+    def label(self) -> str:
+        """The machine in a few words, for a column."""
+        m = self.machine
+        return m["gpu"] or f"{m['cpu']} {' '.join(map(_shown, kind(m)))}, {m['cores']} cores"
 
     def named(self, start: str) -> list[Comparison]:
-        """Comparisons of one benchmark function, in the order they ran."""
+        """Comparisons of one benchmark function, in their order."""
         return [c for c in self.comparisons if c.name.partition("[")[0] == start]
 
     def first(self, start: str) -> Comparison | None:
@@ -88,18 +98,45 @@ class Run:
 
     def memory(self, step: Comparison, variant: str, against: str) -> float | None:
         """Peak memory of the same network's step, as a multiple; None where it was not measured."""
-        for found in self.named("memory"):
-            same = all(found.facts[k] == step.facts[k] for k in ("model", "dtype", "batch"))
-            if same and variant in found:
-                peaks = found.variants
-                return float(peaks[variant]["bytes"] / peaks[against]["bytes"])
+        for c in self.named("memory"):
+            same = all(c.facts[k] == step.facts[k] for k in ("model", "dtype", "batch"))
+            if same and variant in c:
+                return float(c.variants[variant]["bytes"] / c.variants[against]["bytes"])
         return None
 
     def axes(self) -> Iterator[tuple[str, list[Comparison]]]:
         """The comparisons along each axis of growth."""
-        found = [c for c in self.comparisons if "axis" in c.facts]
-        for axis in dict.fromkeys(c.facts["axis"] for c in found):
-            yield axis, [c for c in found if c.facts["axis"] == axis]
+        grown = [c for c in self.comparisons if "axis" in c.facts]
+        for axis in dict.fromkeys(c.facts["axis"] for c in grown):
+            yield axis, [c for c in grown if c.facts["axis"] == axis]
+
+
+def newest(folder: Path) -> list[Results]:
+    """The newest results of every machine that has a folder there."""
+    machines = [sorted(path.glob("*.json")) for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [
+        max(map(Results.load, paths), key=lambda r: (r.date, r.time)) for paths in machines if paths
+    ]
+
+
+def instructions(machine: dict[str, Any]) -> list[str]:
+    """The instruction sets of a CPU; the first results said them in `isa`."""
+    if "instructions" in machine:
+        return list(machine["instructions"])
+    words = machine["isa"].split()
+    return ["avx2", "avx512f", *words[1:]] if words[0] == "avx512" else words
+
+
+def kind(machine: dict[str, Any]) -> list[str]:
+    """The widest vectors of a CPU; and, where our kernels were held to narrower ones, those."""
+    isa = re.split("[ _]", machine["isa"])[0]  # avx512 for avx512_bf16 too
+    has = instructions(machine)
+    widest = next((wide for wide in ("avx512", "avx2") if any(wide in h for h in has)), isa)
+    return [widest] if widest == isa else [widest, "as", isa]
+
+
+def _shown(word: str) -> str:
+    return word.upper().replace("AVX512", "AVX-512") if word != "as" else word
 
 
 def slope(points: list[tuple[float, float]]) -> tuple[float, float]:

@@ -3,3 +3,4 @@
 ORDINARY, ATTENTION = "ordinary", "ordinary, attention"
 PUBLISHED, COMPILED = "torch.func.jvp", "torch.func.jvp, compiled"
 OURS, OURS_ATTENTION = "tangentfast, all", "tangentfast, attention"
+OURS_NARROW = "tangentfast, all, bfloat16 tangents"

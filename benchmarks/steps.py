@@ -10,10 +10,25 @@ from typing import Any
 import torch
 from baselines import FullNTK
 from networks import directions
-from regimes import ATTENTION, COMPILED, ORDINARY, PUBLISHED
+from regimes import (
+    ATTENTION,
+    COMPILED,
+    ORDINARY,
+    OURS,
+    OURS_ATTENTION,
+    OURS_NARROW,
+    PUBLISHED,
+)
 from torch import Tensor, nn
 
 import tangentfast as tf
+
+# What `linearize` is given for each of ours.
+LINEARIZE: dict[str, dict[str, Any]] = {
+    OURS: {"params": "all"},
+    OURS_ATTENTION: {"params": "attention"},
+    OURS_NARROW: {"params": "all", "tangent_dtype": torch.bfloat16},
+}
 
 
 @dataclass
@@ -56,7 +71,7 @@ def step(variant: str, network: nn.Module, x: Tensor) -> Step:
     if variant in (PUBLISHED, COMPILED):
         linear = FullNTK(network)
     else:
-        linear = tf.linearize(network, variant.rpartition(" ")[2])
+        linear = tf.linearize(network, **LINEARIZE[variant])
     _start(network, linear.tau)
     trained = linear.tau
     return Step(torch.compile(linear) if variant == COMPILED else linear, trained, x)

@@ -1,4 +1,4 @@
-// Every op's schema, once, and the Python module that says what was compiled.
+// The Python module that says what was compiled, and how merge_ and gram pass the dispatcher.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -7,21 +7,6 @@
 #ifndef TANGENTFAST_VERSION
 #error "TANGENTFAST_VERSION is set by setup.py"
 #endif
-
-TORCH_LIBRARY(tangentfast, m) {
-  // Norms and activations: y with its ordinary gradient, and its K tangents, without one. tangents
-  // holds one entry for each tensor that may have a tangent, K times over; the order is in the
-  // op.h beside the kernel. sums: with a residual, x + residual, which is then normalised, and
-  // dx + dresidual of each tangent that has a dresidual.
-  m.def("layer_norm_jvp(Tensor x, Tensor? residual, int[] normalized_shape, Tensor? weight, "
-        "Tensor? bias, float eps, Tensor?[] tangents) "
-        "-> (Tensor y, Tensor mean, Tensor rstd, Tensor[] dys, Tensor[] sums)");
-  m.def("rms_norm_jvp(Tensor x, Tensor? residual, int[] normalized_shape, Tensor? weight, "
-        "float eps, Tensor?[] tangents) "
-        "-> (Tensor y, Tensor rstd, Tensor[] dys, Tensor[] sums)");
-  m.def("activation_jvp(Tensor x, Tensor? bias, Tensor? gate, Tensor? gate_bias, str kind, "
-        "Tensor?[] tangents) -> (Tensor y, Tensor[] dys)");
-}
 
 // The kernels read a tensor's negative bit themselves; the dispatcher could not write through it.
 TORCH_LIBRARY_IMPL(tangentfast, Negative, m) {

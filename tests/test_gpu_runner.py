@@ -26,32 +26,32 @@ def python(name: str, code: str, **options: Any) -> Any:
 
 @pytest.mark.slow
 def test_outcomes() -> None:
-    ok = gpu.run(python("ok", "import os; print(os.environ['A'] + os.environ['B'])",
+    ok = gpu.execute(python("ok", "import os; print(os.environ['A'] + os.environ['B'])",
                         environment={"A": "x"}), {"B": "y"})  # fmt: skip
     assert ok.startswith("ok, ")
     assert ok.endswith("; xy")
-    assert gpu.run(python("bad", "print('why'); exit(3)"), {}).startswith("FAILED with 3, ")
+    assert gpu.execute(python("bad", "print('why'); exit(3)"), {}).startswith("FAILED with 3, ")
     assert (gpu.LOGS / "bad.log").read_text() == "why\n"
     orphan = "import time; time.sleep(5); open({!r}, 'w')".format(str(gpu.LOGS / "orphan"))
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {orphan!r}])"
-    assert gpu.run(python("slow", code, seconds=2), {}).startswith("STOPPED after its 2 s")
+    assert gpu.execute(python("slow", code, seconds=2), {}).startswith("STOPPED after its 2 s")
     time.sleep(4)
     assert not (gpu.LOGS / "orphan").exists()
     assert (
-        gpu.run(python("no", "", needs="no-such-program"), {})
+        gpu.execute(python("no", "", needs="no-such-program"), {})
         == "left out: no no-such-program here"
     )
 
 
-def test_results_of_a_failed_stage_are_kept() -> None:
+def test_a_failed_stage_leaves_its_results() -> None:
     part = "import json; json.dump({'seconds': 2, 'benchmarks': [%d]}, open(r'%s', 'w')); exit(%d)"
     stages = [python(f"s{i}", part % (i, gpu.LOGS / f"s{i}.json", i)) for i in range(2)] + [
         python("none", "")
     ]
-    assert [gpu.run(s, {}).partition(",")[0] for s in stages] == ["ok", "FAILED with 1", "ok"]
+    assert [gpu.execute(s, {}).partition(",")[0] for s in stages] == ["ok", "FAILED with 1", "ok"]
     assert gpu.gather(stages) == {"seconds": 4, "benchmarks": [0, 1]}
     assert gpu.gather(stages[2:]) is None
-    gpu.run(python("s0", "exit(1)"), {})  # an earlier run's results do not pass for a new one's
+    gpu.execute(python("s0", "exit(1)"), {})  # an earlier run's results do not pass for a new one's
     assert gpu.gather(stages[:1]) is None
 
 
@@ -64,7 +64,7 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_publish(tmp_path: Path) -> None:
-    """What `gather` makes of the suites' files is a run that the page can be made from."""
+    """What `gather` makes of the suites' files is results that the page can be made from."""
     pytest.importorskip("matplotlib")
     (tmp_path / "README.md").write_text("<!-- benchmarks:begin --><!-- benchmarks:end -->")
     seconds = {"seconds": [1.0, 2.0]}
@@ -93,6 +93,7 @@ def test_publish(tmp_path: Path) -> None:
     assert path == tmp_path / "benchmarks/results/nvidia-h200/2026-01-01-abc.json"
     assert json.loads(path.read_text())["benchmarks"] == [record, merge]
     assert short == "met      0.91 ≥ 0.85  merge_, K = 8: share of the copy ceiling\n"
+    assert not (tmp_path / "docs/benchmarks.md").exists()  # a GPU's results are no CPU's
     page = (tmp_path / "docs/benchmarks-gpu.md").read_text()
     assert "NVIDIA H200" in page
     assert "α sweep" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from tangentfast.ops.attention import AttentionTangent, attention_jvp, packed_at
 from tangentfast.ops.linear import LinearTangent, linear_jvp
 from tangentfast.passes import narrow_tangents
 from tangentfast.rules.autocast import autocast_dtype, narrow
-from tangentfast.rules.registry import RULES, Rule, fused
+from tangentfast.rules.registry import composite, fused
 
 
 @fused(F.scaled_dot_product_attention)
@@ -159,10 +160,11 @@ def _mask(
     return mask, False
 
 
-_multi_head = F.multi_head_attention_forward
-_PARAMETERS = tuple(inspect.signature(_multi_head).parameters)
+_PARAMETERS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
+@composite(F.multi_head_attention_forward)
+@wraps(F.multi_head_attention_forward)
 def multi_head_attention_forward(*args: Any) -> tuple[Any, Any]:
     """`self_attention` where it is that, and torch's own body on dual numbers where it is not."""
     call = SimpleNamespace(**dict(zip(_PARAMETERS, args, strict=True)))
@@ -205,6 +207,3 @@ def _is_self_attention(call: Any) -> bool:
         and all(m.dtype in (torch.bool, torch.float32, x.dtype) for m in masks)
         and len({m.dtype for m in masks}) < 2
     )
-
-
-RULES[_multi_head] = Rule(multi_head_attention_forward, _multi_head, "composite")
