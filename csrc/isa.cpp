@@ -1,11 +1,16 @@
 #include "isa.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace tangentfast {
 namespace {
+
+// In the order of Isa.
+constexpr std::array<const char*, 4> kNames{"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Isa widest() {
 #if TF_X86
@@ -15,6 +20,9 @@ Isa widest() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+#if TF_BF16
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+#endif
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
 #else
   return Isa::baseline;
@@ -26,11 +34,11 @@ Isa choose() {
   const std::string wanted = variable ? variable : "";
   const Isa best = widest();
   if (wanted.empty()) return best;
-  if (wanted == "baseline") return Isa::baseline;
-  if (wanted == "avx2") return best < Isa::avx2 ? best : Isa::avx2;
-  if (wanted == "avx512") return best;
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (wanted == kNames[i]) return std::min(best, static_cast<Isa>(i));
+  }
   throw std::runtime_error("TANGENTFAST_ISA is '" + wanted +
-                           "'; expected baseline, avx2 or avx512");
+                           "'; expected baseline, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace
@@ -40,13 +48,6 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name() {
-  switch (isa()) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    case Isa::baseline: break;
-  }
-  return "baseline";
-}
+const char* isa_name() { return kNames[static_cast<size_t>(isa())]; }
 
 }  // namespace tangentfast

@@ -20,18 +20,6 @@ TORCH_LIBRARY(tangentfast, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor? mask, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
-  // Norms and activations: y with its ordinary gradient, and its K tangents, without one. tangents
-  // holds one entry for each tensor that may have a tangent, K times over; the order is in the
-  // op.h beside the kernel. sums: with a residual, x + residual, which is then normalised, and
-  // dx + dresidual of each tangent that has a dresidual.
-  m.def("layer_norm_jvp(Tensor x, Tensor? residual, int[] normalized_shape, Tensor? weight, "
-        "Tensor? bias, float eps, Tensor?[] tangents) "
-        "-> (Tensor y, Tensor mean, Tensor rstd, Tensor[] dys, Tensor[] sums)");
-  m.def("rms_norm_jvp(Tensor x, Tensor? residual, int[] normalized_shape, Tensor? weight, "
-        "float eps, Tensor?[] tangents) "
-        "-> (Tensor y, Tensor rstd, Tensor[] dys, Tensor[] sums)");
-  m.def("activation_jvp(Tensor x, Tensor? bias, Tensor? gate, Tensor? gate_bias, str kind, "
-        "Tensor?[] tangents) -> (Tensor y, Tensor[] dys)");
 }
 
 // The kernels read a tensor's negative bit themselves; the dispatcher could not write through it.

@@ -27,7 +27,7 @@ static inline Vec<A> splat(A x) {
 }
 
 // a b + c in one rounding where the instruction set has it.
-#if TF_ISA == 512
+#if TF_ISA >= 512
 static inline Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) {
   return _mm512_fmadd_ps(a, b, c);
 }

@@ -60,9 +60,9 @@ def process_group_store() -> Any:
     return distributed.distributed_c10d._get_default_store()
 
 
-def subclassed(cls: type, tensor: Tensor, requires_grad: bool) -> Any:
-    """`tensor` as a leaf of class `cls` on the same memory, without its graph."""
-    return Tensor._make_subclass(cls, tensor, requires_grad)
+# (cls, tensor, requires_grad): the tensor as a leaf of class `cls` on the same memory, without its
+# graph.
+subclassed: Callable[[type, Tensor, bool], Any] = Tensor._make_subclass
 
 
 def storage_uses(tensor: Tensor) -> int:

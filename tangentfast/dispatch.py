@@ -5,88 +5,113 @@ In this order: metadata, a write in place, the function's rule, the exact fallba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils._pytree import tree_leaves
 
 from tangentfast import _torch, inplace
+from tangentfast._torch import in_transform, version
 from tangentfast.dual import Dual, like, make_dual, name_of, plain, rebuild, wrap
 from tangentfast.fallback import Underivable, fallback, random_state
 from tangentfast.graph import origins
 from tangentfast.passes import REPLAY, STRICT_REPLAY, Pass, current
 from tangentfast.rules import RULES
-from tangentfast.rules.registry import Inexact, Rule, evaluate
+from tangentfast.rules.registry import WRITES, Inexact, Row, Rule
+
+Options = dict[str, Any]  # keyword arguments
 
 # Types of arguments that neither are tensors nor hold any.
 _CONSTANTS = {int, float, bool, str, type(None), slice, type(...), torch.dtype, torch.device}
 
 
-class _Arguments:
-    """The arguments of one call, split into primals and tangents, and checked."""
-
-    def __init__(self, pass_: Pass, func: Callable[..., Any]):
-        self.pass_, self.func = pass_, func
-        self.complex = False  # whether a tensor among them is
-
-    def primal(self, x: Any) -> Any:
+def _open(
+    func: Callable[..., Any], args: Sequence[Any], pass_: Pass
+) -> tuple[list[Any], list[Row]]:
+    """The primals of the arguments, checked, and for each of the K tangents those of all."""
+    # Loops, not comprehensions: every operation comes by here.
+    none: Sequence[Any] = (None,) * pass_.k
+    primals: list[Any] = []
+    columns: list[Sequence[Any]] = []
+    for x in args:
+        column = none
         kind = type(x)
         if kind is Dual:
-            self.check(x)
-            x = x.primal
-            self.complex |= x.is_complex()
-            return x
-        if kind in _CONSTANTS:
-            return x
-        if isinstance(x, Tensor):
-            self.complex |= x.is_complex()
-            if self.pass_.strict and x.requires_grad:
-                return constant(x, self.pass_, name_of(self.func))
-        elif isinstance(x, (tuple, list)) and not all(type(e) in _CONSTANTS for e in x):
-            return rebuild(x, [self.primal(e) for e in x])
-        return x
-
-    def check(self, x: Dual) -> None:
-        if not self.pass_.k:
-            return  # the replay has no tangents that could be wrong
-        if x.owner is not self.pass_:
-            raise RuntimeError(
-                f"{name_of(self.func)} got a tensor of an earlier, finished forward; its tangent "
-                "belongs to that one. Detach what you keep between forwards (caches: "
-                "use_cache=False)."
-            )
-        if x.version != _torch.version(x.primal):
-            raise RuntimeError(
-                f"{name_of(self.func)} in {self.pass_.where()} got a tensor whose memory was "
-                "written in place through another tensor (a view, detach() or no_grad), so that "
-                "its tangent is out of date. Clone it before that write."
-            )
-
-    def tangent(self, x: Any, k: int) -> Any:
-        if type(x) is Dual:
-            return x.tangents[k]
-        if isinstance(x, (tuple, list)):
-            return [self.tangent(e, k) for e in x]
-        return None
-
-    def tangents(self, args: Sequence[Any]) -> list[list[Any] | None]:
-        """For each k the tangents of all arguments, or None where none has one."""
-        nested = [i for i, a in enumerate(args) if isinstance(a, (tuple, list))]
-        rows: list[list[Any] | None] = []
-        for k in range(self.pass_.k):
-            row = [a.tangents[k] if type(a) is Dual else None for a in args]
-            for i in nested:
-                row[i] = self.tangent(args[i], k)
-            rows.append(row if _present(row) else None)
-        return rows
+            primal = x.primal
+            if x.owner is not pass_ or x.version != version(primal):
+                _check_current(func, x, pass_)
+            if none:
+                column = x.tangents
+            x = primal
+        elif kind not in _CONSTANTS:
+            if isinstance(x, (tuple, list)):
+                column = [_tangent(x, k) for k in range(pass_.k)]
+            x = _primal(func, x, pass_)
+        primals.append(x)
+        columns.append(column)
+    rows: list[Row] = []
+    for row in zip(*columns):  # noqa: B905
+        rows.append(row if _present(row) else None)
+    return primals, rows
 
 
 def _present(row: Sequence[Any]) -> bool:
-    for t in row:  # noqa: SIM110 (a generator costs more than the loop)
-        if t is not None and (type(t) is not list or _present(t)):
+    for dx in row:  # noqa: SIM110 (a generator costs more than the loop)
+        if dx is not None:
             return True
     return False
+
+
+def _primal(func: Callable[..., Any], x: Any, pass_: Pass) -> Any:
+    if type(x) is Dual:
+        _check_current(func, x, pass_)
+        return x.primal
+    if isinstance(x, Tensor):
+        if pass_.strict and x.requires_grad:
+            return constant(x, pass_, name_of(func))
+    elif isinstance(x, (tuple, list)) and not all(type(e) in _CONSTANTS for e in x):
+        return rebuild(x, [_primal(func, e, pass_) for e in x])
+    return x
+
+
+def _tangent(x: Any, k: int) -> Any:
+    """The k-th tangent of an argument; None where nothing in it has one."""
+    if type(x) is Dual:
+        return x.tangents[k]
+    if isinstance(x, (tuple, list)):
+        row = [_tangent(e, k) for e in x]
+        return row if _present(row) else None
+    return None
+
+
+def _check_current(func: Callable[..., Any], x: Dual, pass_: Pass) -> None:
+    """Refuse a tangent of another forward, and one that a write has made wrong."""
+    if not pass_.k:
+        return  # the replay has no tangents that could be wrong
+    if x.owner is not pass_:
+        raise RuntimeError(
+            f"{name_of(func)} got a tensor of an earlier, finished forward; its tangent "
+            "belongs to that one. Detach what you keep between forwards (caches: "
+            "use_cache=False)."
+        )
+    if x.version != version(x.primal):
+        raise RuntimeError(
+            f"{name_of(func)} in {pass_.where()} got a tensor whose memory was "
+            "written in place through another tensor (a view, detach() or no_grad), so that "
+            "its tangent is out of date. Clone it before that write."
+        )
+
+
+def _any_complex(xs: Sequence[Any]) -> bool:
+    return any(
+        x.is_complex()
+        if isinstance(x, Tensor)
+        else isinstance(x, (tuple, list)) and _any_complex(x)
+        for x in xs
+        if type(x) not in _CONSTANTS
+    )
 
 
 def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:
@@ -132,60 +157,118 @@ def _owner(root: nn.Module, leaf: Tensor) -> nn.Module | None:
     return None
 
 
-def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _dispatch(
+    cls: type, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+) -> Any:
     """Call `func` on dual numbers."""
     rule = RULES.get(func)
-    if rule is not None and rule.kind == "metadata":
+    return _BY_KIND[rule.kind if rule is not None else ""](func, rule, args, kwargs or {})
+
+
+def _metadata(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
+    if len(args) == 1 and not kwargs and type(args[0]) is Dual:
+        answer = func(args[0].primal)
+    else:
         answer = func(*_plain(args), **{n: plain(v) for n, v in kwargs.items()})
-        # requires_grad_ returns its tensor
-        return args[0] if args and answer is plain(args[0]) else answer
-    pass_ = _pass_of(func, args, kwargs)
-    if rule is not None and rule.kind == "forbidden":
-        raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
-    arguments = _Arguments(pass_, func)
-    if pass_.k and not torch.is_grad_enabled() and (rule is None or rule.kind != "constant"):
-        _refuse_no_grad(func, pass_)
-    if kwargs.get("out") is not None:
-        raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
-            "assign the function's result instead."
-        )
-    written = inplace.functional_of(func)
-    if written is not None:
-        return _write(func, written, args, kwargs, arguments)
-    if rule is None:
-        call = inplace.bound(func, args, kwargs)
-        if call is not None:
-            return _write(func, func, call[0], {}, arguments, inplace_at=call[1])
-        return _fall_back(func, args, kwargs, pass_, arguments)
-    if rule.kind in ("linear", "constant"):
-        return _structural(func, rule, args, kwargs, arguments)
+    # requires_grad_ returns its tensor
+    return args[0] if args and answer is plain(args[0]) else answer
+
+
+def _forbidden(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
+    pass_ = _entered(func, args, kwargs, moving=False)
+    raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
+
+
+def _structural(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
+    """A function linear in its first argument, or one whose derivative is zero."""
+    pass_ = _entered(func, args, kwargs, moving=rule.kind == "linear")
+    if not args:  # torch.softmax(input=x, dim=-1)
+        kwargs = dict(kwargs)
+        args = [kwargs.pop("input" if "input" in kwargs else next(iter(kwargs)))]
+    primals, rows = _open(func, args, pass_)
+    options = {n: _primal(func, v, pass_) for n, v in kwargs.items()} if kwargs else kwargs
+    if (rule.kind == "linear" and _any_dual(args[1:], kwargs)) or (
+        not rule.complex and _any_complex((*primals, *options.values()))
+    ):
+        return _fall_back(func, args, kwargs, pass_)
+    y = func(*primals, **options)
+    if rule.kind == "constant":
+        return y.detach() if isinstance(y, Tensor) else y
+    # Only floating numbers require grad, and the first argument has them all: nothing is recorded.
+    dys = [None if row is None else func(row[0], *primals[1:], **options) for row in rows]
+    return wrap(y, dys, pass_, args)
+
+
+def _any_dual(args: Sequence[Any], kwargs: Options) -> bool:
+    for x in (*args, *kwargs.values()):  # noqa: SIM110 (a generator costs more than the loop)
+        if type(x) is Dual:
+            return True
+    return False
+
+
+def _by_rule(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
+    pass_ = _entered(func, args, kwargs)
     bound = rule.bind(args, kwargs)
     if bound is None:
-        return _fall_back(func, args, kwargs, pass_, arguments)
-    if rule.kind == "composite":
-        return rule.apply(*bound)
+        return _fall_back(func, args, kwargs, pass_)
     if rule.inplace >= 0 and bound[rule.inplace]:
+        bound = list(bound)
         bound[rule.inplace] = False
-        return _write(func, func, bound, {}, arguments, inplace_at=rule.inplace)
+        return _write(func, func, bound, {}, pass_, inplace_at=rule.inplace)
+    answer = None
     try:
-        primals = [arguments.primal(a) for a in bound]
-        found = None
-        if rule.complex or not arguments.complex:
-            found = rule.apply(primals, arguments.tangents(bound))
+        primals, rows = _open(func, bound, pass_)
+        if rule.complex or not _any_complex(primals):
+            answer = rule.apply(primals, rows)
     except Inexact as error:
         raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {error}") from None
-    if found is None:
-        return _fall_back(func, args, kwargs, pass_, arguments)
-    y, dys = found
-    return wrap(y, dys, pass_)
+    if answer is None:
+        return _fall_back(func, args, kwargs, pass_)
+    y, dys = answer
+    return wrap(y, dys, pass_, bound)
 
 
-def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Pass:
-    """This thread's pass, or on a thread of the model's own that of the arguments."""
+def _composite(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
+    pass_ = _entered(func, args, kwargs)
+    bound = rule.bind(args, kwargs)
+    return _fall_back(func, args, kwargs, pass_) if bound is None else rule.apply(*bound)
+
+
+def _without_rule(
+    func: Callable[..., Any], rule: None, args: Sequence[Any], kwargs: Options
+) -> Any:
+    pass_ = _entered(func, args, kwargs)
+    functional = WRITES.get(getattr(func, "__name__", "")) or inplace.functional_of(func)
+    if functional is not None:
+        return _write(func, functional, args, kwargs, pass_)
+    call = inplace.bound(func, args, kwargs)
+    if call is not None:
+        return _write(func, func, call[0], {}, pass_, inplace_at=call[1])
+    return _fall_back(func, args, kwargs, pass_)
+
+
+_BY_KIND: dict[str, Callable[..., Any]] = {
+    "": _without_rule,
+    "metadata": _metadata,
+    "forbidden": _forbidden,
+    "linear": _structural,
+    "constant": _structural,
+    "rule": _by_rule,
+    "fused": _by_rule,
+    "composite": _composite,
+}
+
+
+def _entered(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Options, moving: bool = True
+) -> Pass:
+    """The pass of a call, which has to be one that tangents can follow where they are `moving`.
+
+    It is this thread's, or on a thread of the model's own that of the arguments.
+    """
     pass_ = current()
     if pass_ is None or pass_ is REPLAY:
-        owners = [x.owner for x in _leaves((args, kwargs)) if type(x) is Dual]
+        owners = [x.owner for x in tree_leaves((args, kwargs)) if type(x) is Dual]
         if pass_ is None:
             pass_ = next((owner for owner in owners if owner.active), None)
         elif any(owner.strict for owner in owners):
@@ -196,19 +279,16 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
             "had finished. Take tensors from the outputs of the linearized model, or detach them "
             "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
-    if pass_.active:
+    if pass_.active and in_transform():
         pass_.check_no_transform(name_of(func))
+    if moving and pass_.k and not is_grad_enabled():
+        _refuse_no_grad(func, pass_)
+    if kwargs and kwargs.get("out") is not None:
+        raise RuntimeError(
+            f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
+            "assign the function's result instead."
+        )
     return pass_
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (tuple, list)):
-        for x in tree:
-            yield from _leaves(x)
-    elif isinstance(tree, dict):
-        yield from _leaves(list(tree.values()))
-    else:
-        yield tree
 
 
 def _plain(args: Sequence[Any]) -> list[Any]:
@@ -216,32 +296,6 @@ def _plain(args: Sequence[Any]) -> list[Any]:
         rebuild(a, [plain(e) for e in a]) if isinstance(a, (tuple, list)) else plain(a)
         for a in args
     ]
-
-
-def _structural(
-    func: Callable[..., Any],
-    rule: Rule,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    arguments: _Arguments,
-) -> Any:
-    """A function linear in its first argument, or one whose derivative is zero."""
-    if not args:  # torch.softmax(input=x, dim=-1)
-        kwargs = dict(kwargs)
-        args = [kwargs.pop("input" if "input" in kwargs else next(iter(kwargs)))]
-    primals = [arguments.primal(a) for a in args]
-    options = {n: arguments.primal(v) for n, v in kwargs.items()}
-    further = any(type(x) is Dual for x in (*args[1:], *kwargs.values()))
-    if (further and rule.kind == "linear") or (arguments.complex and not rule.complex):
-        return _fall_back(func, args, kwargs, arguments.pass_, arguments)
-    y = func(*primals, **options)
-    if rule.kind == "constant":
-        return y.detach() if isinstance(y, Tensor) else y
-    dys = evaluate(
-        lambda dx: func(dx, *primals[1:], **options),
-        [row and [row[0]] for row in arguments.tangents(args[:1])],
-    )
-    return wrap(y, dys, arguments.pass_)
 
 
 def _refuse_no_grad(func: Callable[..., Any], pass_: Pass) -> None:
@@ -262,9 +316,8 @@ def _refuse_no_grad(func: Callable[..., Any], pass_: Pass) -> None:
 def _fall_back(
     func: Callable[..., Any],
     args: Sequence[Any],
-    kwargs: dict[str, Any],
+    kwargs: Options,
     pass_: Pass,
-    arguments: _Arguments,
 ) -> Any:
     where = pass_.where()
     pass_.fallbacks[name_of(func), where] += 1
@@ -274,62 +327,73 @@ def _fall_back(
             "numbers. Ask detach() for it, or use an older torch."
         )
     try:
-        y, dys = fallback(func, args, kwargs, pass_.k, Dual, arguments.primal)
+        y, dys = fallback(func, args, kwargs, pass_.k, lambda x: _primal(func, x, pass_))
     except Underivable as error:
         raise NotImplementedError(
             f"{name_of(func)} in {where} has no rule, and {error}. Replace it by torch functions "
             "that have a derivative, or train only parameters after it."
         ) from error
-    return wrap(y, dys, pass_)
+    return wrap(y, dys, pass_, tree_leaves((args, kwargs)))
 
 
 def _write(
     func: Callable[..., Any],
-    functional: Callable[..., Any],
+    functional: Callable[..., Any] | Rule,
     args: Sequence[Any],
-    kwargs: dict[str, Any],
-    arguments: _Arguments,
+    kwargs: Options,
+    pass_: Pass,
     inplace_at: int = -1,
 ) -> Any:
-    """A write in place: the tangents of the functional form first, then the write to the primal."""
-    pass_, target = arguments.pass_, args[0]
+    """A write in place: the tangents of what is written first, then the write to the primal."""
+    target = args[0]
     target_primal = plain(target)
-    primals = [arguments.primal(a) for a in args]
-    primals[0] = (
-        target_primal  # where it is plain and requires grad: itself, not its detached alias
-    )
-    options = {n: arguments.primal(v) for n, v in kwargs.items()}
-    tangents: Sequence[Tensor | None] = [None] * pass_.k
+    primals = [_primal(func, x, pass_) for x in args]
+    # where it is plain and requires grad: itself, not its detached alias
+    primals[0] = target_primal
+    options = {n: _primal(func, v, pass_) for n, v in kwargs.items()}
+    tangents: Sequence[Tensor | None] = ()
     if pass_.k:
-        inplace.check(target, target_primal, Dual, name_of(func), pass_)
-        before = _unwritten(args, primals, pass_)
-        replay = random_state(target_primal.device)  # both forms draw the same numbers
-        y = dispatch(functional, before, kwargs)
-        replay()
-        if type(y) is Dual:
-            tangents = y.tangents
-        if y.shape != target.shape:
-            raise RuntimeError(f"{name_of(func)}: the target is smaller than the result; clone it")
-    tangents = [like(target_primal, t) for t in tangents]
+        inplace.check(target, target_primal, name_of(func), pass_)
+        if isinstance(functional, Rule):
+            bound = functional.bind(args, kwargs)
+            if bound is None:
+                return _fall_back(func, args, kwargs, pass_)
+            tangents = functional.apply(*_open(func, bound, pass_))
+        else:
+            tangents = _tangents_of(func, functional, args, primals, kwargs, pass_)
+        tangents = [like(target_primal, t) for t in tangents]
     if inplace_at >= 0:
         primals[inplace_at] = True
     func(*primals, **options)
     if pass_.k:
-        inplace.commit(target, target_primal, tangents, Dual, pass_)
+        inplace.commit(target, target_primal, tangents, pass_)
     return target
 
 
-def _unwritten(args: Sequence[Any], primals: Sequence[Any], pass_: Pass) -> list[Any]:
-    """The arguments without their graph: the functional form is needed for its tangents alone."""
+def _tangents_of(
+    func: Callable[..., Any],
+    functional: Callable[..., Any],
+    args: Sequence[Any],
+    primals: Sequence[Any],
+    kwargs: Options,
+    pass_: Pass,
+) -> Sequence[Tensor | None]:
+    """Those of what `func` will write, by the function that writes the same to new memory."""
 
-    def bare(x: Any, primal: Any) -> Any:
+    def bare(x: Any, primal: Any) -> Any:  # without its graph: the tangents alone are needed
         if type(x) is Dual:
             return make_dual(primal.detach(), x.tangents, pass_)
         if isinstance(x, (tuple, list)):
             return rebuild(x, [bare(e, p) for e, p in zip(x, primal, strict=True)])
         return primal.detach() if isinstance(primal, Tensor) else primal
 
-    return [bare(x, p) for x, p in zip(args, primals, strict=True)]
+    before = [bare(x, p) for x, p in zip(args, primals, strict=True)]
+    replay = random_state(primals[0].device)  # both forms draw the same numbers
+    y = _dispatch(Dual, functional, (), before, kwargs)
+    replay()
+    if y.shape != primals[0].shape:
+        raise RuntimeError(f"{name_of(func)}: the target is smaller than the result; clone it")
+    return y.tangents if type(y) is Dual else [None] * pass_.k
 
 
-Dual.decide = dispatch
+Dual.__torch_function__ = classmethod(_dispatch)  # type: ignore[assignment]

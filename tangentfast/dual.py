@@ -1,19 +1,19 @@
 """Dual numbers (y, dy): tensors that carry K tangents through ordinary PyTorch code.
 
 A `Dual` is a handle: an alias of its primal that intercepts every torch call through
-``__torch_function__``, above autograd; `dispatch` decides what becomes of it. Only primals are
-passed on, so that whatever autograd saves is a plain tensor and a tangent dies with the last handle
-that carries it.
+``__torch_function__``, above autograd; `dispatch` decides what becomes of it, and sets that method.
+Only primals are passed on, so that whatever autograd saves is a plain tensor and a tangent dies
+with the last handle that carries it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from tangentfast import _torch
+from tangentfast._torch import subclassed, version
 from tangentfast.passes import Pass
 
 
@@ -28,28 +28,17 @@ class Dual(Tensor):
     tangents: tuple[Tensor | None, ...]
     owner: Pass
     version: int
-    decide: ClassVar[Callable[..., Any]]  # set by `dispatch`
     parameter: Tensor | None = None  # that it stands for, and
     place: tuple[int, str] | None = None  # where it was read
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return Dual.decide(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """An operation that came past ``__torch_function__``, where the tangent cannot follow."""
-        found = next((a for a in args if type(a) is Dual), None)
+        dual = next((a for a in args if type(a) is Dual), None)
         raise RuntimeError(
-            f"{func} in {found.owner.where() if found is not None else 'a linearized model'} got a "
+            f"{func} in {dual.owner.where() if dual is not None else 'a linearized model'} got a "
             "tensor that carries a tangent past torch's Python functions: a torch.func transform "
             "(grad, vjp, vmap, ...), a scripted or traced function, or a legacy constructor does "
             "this. Replace it by ordinary torch functions in this forward, or apply torch.func.jvp "
@@ -76,16 +65,16 @@ class Dual(Tensor):
         self.primal = primal
         self.tangents = tuple(tangents)
         self.owner = pass_
-        self.version = _torch.version(primal)
+        self.version = version(primal)
         if pass_.k:
-            pass_.sharers.add(self)
+            pass_.handles.add(self)
 
 
 def make_dual(primal: Tensor, tangents: Sequence[Tensor | None], pass_: Pass) -> Dual:
     """The handle of a plain `primal`; each tangent has its shape and dtype."""
     # A leaf that requires grad: what is computed from the handle itself, past the rules, has a
     # graph that leads to it. Torch marks no inference tensor.
-    handle: Dual = _torch.subclassed(Dual, primal, not primal.is_inference())
+    handle: Dual = subclassed(Dual, primal, not primal.is_inference())
     handle.begin(primal, tangents, pass_)
     return handle
 
@@ -101,37 +90,41 @@ def like(y: Tensor, dy: Tensor | None) -> Tensor | None:
         return None
     if dy.dtype != y.dtype:
         dy = dy.to(y.dtype)
-    shape = y.shape
-    return dy if dy.shape == shape else dy.expand(shape)
+    return dy if dy.shape == y.shape else dy.expand(y.shape)
 
 
-def wrap(y: Any, dys: Sequence[Any], pass_: Pass) -> Any:
-    """Pair the results of a function with their tangents, tensor by tensor."""
-    if isinstance(y, Tensor):
-        return _wrap_tensor(y, dys, pass_)
-    if isinstance(y, (tuple, list)):
-        parts = [
-            wrap(y[i], [None if dy is None else dy[i] for dy in dys], pass_) for i in range(len(y))
-        ]
-        return rebuild(y, parts)
-    if isinstance(y, dict):
-        return type(y)(
-            {n: wrap(v, [None if dy is None else dy[n] for dy in dys], pass_) for n, v in y.items()}
-        )
+def wrap(y: Any, dys: Sequence[Any], pass_: Pass, given: Sequence[Any]) -> Any:
+    """Pair the results of a function of the arguments `given` with their tangents."""
+    if not isinstance(y, Tensor):
+        return _wrap_each(y, dys, pass_, given)
+    for x in given:
+        if type(x) is Dual and x.primal is y:
+            return x  # the function returned its argument: contiguous(), dropout in eval mode
+    if not (y.is_floating_point() or y.is_complex()):
+        return y
+    moves = not pass_.k  # in a replay, which has no tangents, everything may
+    tangents = []
+    for dy in dys:
+        if dy is not None:
+            moves = True
+            dy = like(y, dy)
+        tangents.append(dy)
+    if moves:
+        return make_dual(y, tangents, pass_)
+    if pass_.strict and y.requires_grad:
+        y = y.detach()  # the derivative is zero; a graph would say otherwise to the checks
     return y
 
 
-def _wrap_tensor(y: Tensor, dys: Sequence[Any], pass_: Pass) -> Tensor:
-    if not (y.is_floating_point() or y.is_complex()):
-        return y
-    for known in pass_.sharers.of(y):
-        if known.primal is y:
-            return known  # the function returned its argument: contiguous(), dropout in eval mode
-    if pass_.k and all(dy is None for dy in dys):
-        if pass_.strict and y.requires_grad:
-            y = y.detach()  # the derivative is zero; a graph would say otherwise to the checks
-        return y
-    return make_dual(y, [like(y, dy) for dy in dys], pass_)
+def _wrap_each(y: Any, dys: Sequence[Any], pass_: Pass, given: Sequence[Any]) -> Any:
+    def wrapped(key: Any) -> Any:
+        return wrap(y[key], [None if dy is None else dy[key] for dy in dys], pass_, given)
+
+    if isinstance(y, (tuple, list)):
+        return rebuild(y, [wrapped(i) for i in range(len(y))])
+    if isinstance(y, dict):
+        return type(y)({name: wrapped(name) for name in y})
+    return y
 
 
 def rebuild(old: Any, items: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tangentfast._torch import compiled_by_jit
+from tangentfast.dual import Dual
 
 _TENSOR = object()  # where a tensor goes in a structure
 _MOST = 4096  # kinds of calls remembered
@@ -52,7 +53,6 @@ def fallback(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     k: int,
-    dual: type,
     primal: Callable[[Any], Any],
 ) -> tuple[Any, list[Any]]:
     """y, with its graph, and its K tangents.
@@ -66,7 +66,7 @@ def fallback(
     """
     leaves, spec = tree_flatten((tuple(args), kwargs))
     values = [primal(x) for x in leaves]
-    duals = [i for i, x in enumerate(leaves) if type(x) is dual]
+    duals = [i for i, x in enumerate(leaves) if type(x) is Dual]
     device = next((x.device for x in values if isinstance(x, Tensor)), torch.device("cpu"))
     replay = random_state(device, [x for x in values if isinstance(x, torch.Generator)])
 

@@ -44,7 +44,7 @@ def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
         ys = original(*[plain(a) for a in args])
         given = [a for a in args if isinstance(a, Tensor)]
         closed = tuple(
-            wrap(y, x.tangents, first.owner) if type(x) is Dual else y
+            wrap(y, x.tangents, first.owner, args) if type(x) is Dual else y
             for x, y in zip(given, ys if isinstance(ys, tuple) else (ys,), strict=True)
         )
         return closed if isinstance(ys, tuple) else closed[0]

@@ -100,7 +100,7 @@ def jvp(
         douts = [tree_map(lambda x, i=i: _tangent(x, i), out) for i in range(k)]  # type: ignore[misc]
         out = tree_map(plain if recording else _detached, out)
     finally:
-        if kept is not None and pass_.sharers.alive():
+        if kept is not None and pass_.handles.alive():
             kept.restore()
     return out, douts[0] if single else douts
 

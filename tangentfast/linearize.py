@@ -116,7 +116,7 @@ class LinearizedModel(nn.Module):
                     kept.check_read(name)
         finally:
             self._fallbacks.update(pass_.fallbacks)
-            if pass_.sharers.alive():
+            if pass_.handles.alive():
                 kept.restore()
         return out
 

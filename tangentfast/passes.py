@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tangentfast import _torch, inplace
+from tangentfast import _torch
+from tangentfast.handles import Handles
 
 
 class Anchors:
@@ -72,7 +73,7 @@ class Pass:
         self.narrow = narrow
         self.active = False
         self.fallbacks: Counter[tuple[str, str]] = Counter()
-        self.sharers = inplace.Sharers()
+        self.handles = Handles()
         self.graph: set[Any] = set()  # nodes of autograd known to depend on no tangent
         self.read: set[int] = set()  # the parameters that the forward has read, by identity
         self.moving: set[int] = set()  # those that have a tangent, where duals stand for them

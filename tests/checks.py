@@ -14,17 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from truth import TOLERANCE, floats, rounding, torch_jvp, units
 
 from tangentfast.dual import Dual, make_dual, name_of
-from tangentfast.inplace import FORMS
 from tangentfast.passes import Pass, running
 from tangentfast.rules import RULES
 
 Function = Callable[..., Any]
-WRITES = set(FORMS.values())
 DIFFERENTIABLE = ("linear", "rule", "fused", "composite")
 
 
 def of_kind(*kinds: str) -> list[Function]:
-    return [f for f, r in RULES.items() if r.kind in kinds and f not in WRITES]
+    return [f for f, r in RULES.items() if r.kind in kinds]
 
 
 def room(function: Function) -> str:

@@ -29,10 +29,11 @@ def step(lin: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return y.detach(), list(torch.autograd.grad(y, list(lin.parameters()), torch.ones_like(y)))
 
 
-def test_only_the_tangent_is_rounded() -> None:
-    """Every operand of a product is off by at most 2^-9: in four blocks of four layers J τ, a sum
+def test_only_the_tangent_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operand of a product is off by at most 2^-8: in four blocks of four layers J τ, a sum
     of many such terms with random signs, is off by a few of them, and by no less than a tenth.
     """
+    monkeypatch.setenv("TANGENTFAST_TUNE", "0")  # the same products in both, to the last bit
     model = network()
     tau, x = tau_of(model), torch.randn(8, 3, 64, 64)
     exact = tf.linearize(model, at=tau)
@@ -41,7 +42,7 @@ def test_only_the_tangent_is_rounded() -> None:
     rounded, same = step(rough, x)
     primal = model(x).detach()
     error = ((rounded - y).norm() / (y - primal).norm()).item()
-    assert 2**-9 / 10 < error < 2**-9 * 4, error
+    assert 2**-8 / 10 < error < 2**-8 * 4, error
     # The gradient is the derivative at θ0, which has not moved.
     assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
     assert rounded.dtype == torch.float32
@@ -49,14 +50,15 @@ def test_only_the_tangent_is_rounded() -> None:
     assert torch.equal(zero(x), tf.linearize(model)(x))
 
 
-def test_jvp() -> None:
+def test_jvp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANGENTFAST_TUNE", "0")
     model = network()
     x, some = torch.randn(4, 3, 64, 64), [tau_of(model) for _ in range(3)]
     y, dys = tf.jvp(model, (x,), params=some)
     same, rough = tf.jvp(model, (x,), params=some, tangent_dtype=torch.bfloat16)
     assert torch.equal(y, same)
     for a, b in zip(dys, rough, strict=True):
-        assert 2**-9 / 10 < (a - b).norm() / a.norm() < 2**-9 * 4
+        assert 2**-8 / 10 < (a - b).norm() / a.norm() < 2**-8 * 4
 
 
 def test_other_types_are_as_they_are() -> None:

@@ -4,25 +4,20 @@
 #include "cuda_kernel.h"
 #include "prepare.h"
 
-namespace tangentfast {
+namespace tangentfast::activation {
 namespace {
 
-using Optional = std::optional<at::Tensor>;
-
-ActivationResult activation_cuda(const at::Tensor& x, const Optional& bias, const Optional& gate,
-                                 const Optional& gate_bias, c10::string_view kind,
-                                 const ActivationTangents& tangents) {
+Result activation_cuda(const at::Tensor& x, c10::string_view kind, at::TensorList dx) {
   const CudaContext context(x);
-  return activation_jvp(x, bias, gate, gate_bias, kind, tangents, x.device(),
-                        [&](const ActivationItem& item, int64_t numel) {
-                          activation_jvp_launch(item, numel, context.stream());
-                          C10_CUDA_KERNEL_LAUNCH_CHECK();
-                        });
+  return activation_jvp(x, kind, dx, x.device(), [&](const Item& item, int64_t numel) {
+    activation_jvp_launch(item, numel, context.stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
 }
 
 }  // namespace
-}  // namespace tangentfast
+}  // namespace tangentfast::activation
 
 TORCH_LIBRARY_IMPL(tangentfast, CUDA, m) {
-  m.impl("activation_jvp", &tangentfast::activation_cuda);
+  m.impl("activation_jvp", &tangentfast::activation::activation_cuda);
 }

@@ -5,15 +5,15 @@
 #include "formula.h"
 #include "packs.h"
 
-namespace tangentfast {
+namespace tangentfast::activation {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTangents = 32;  // of a launch: their pointers are kernel parameters
 
-struct ActivationLaunch {
-  ActivationItem item;
-  ActivationTangent tangents[kTangents];
+struct Launch {
+  Item item;
+  Tangent tangents[kTangents];
   int64_t begin, end;  // of all elements
 };
 
@@ -26,60 +26,33 @@ __device__ __forceinline__ void numbers_at(const Rows& rows, int64_t row, int64_
   for (int v = 0; v < n; ++v) out[v] = load<Acc>(pack.v[v]);
 }
 
-// a + b, either of which may be absent; false where both are.
-template <int n, class T, class Acc>
-__device__ __forceinline__ bool sum_of(const Rows& a, const Rows& b, int64_t row, int64_t column,
-                                       Acc (&out)[n]) {
-  if (!a.data && !b.data) return false;
-  numbers_at<n, T>(a.data ? a : b, row, column, out);
-  if (a.data && b.data) {
-    Acc more[n];
-    numbers_at<n, T>(b, row, column, more);
-#pragma unroll
-    for (int v = 0; v < n; ++v) out[v] += more[v];
-  }
-  return true;
-}
-
 // n numbers of a row at once; columns, begin and end are multiples of n.
 template <Activation kind, class T, int n>
 __global__ void __launch_bounds__(kThreads)
-    activation_jvp_kernel(const __grid_constant__ ActivationLaunch launch) {
+    activation_jvp_kernel(const __grid_constant__ Launch launch) {
   using Acc = typename Accumulator<T>::type;
-  const ActivationItem& item = launch.item;
+  const Item& item = launch.item;
   const int64_t step = int64_t{gridDim.x} * kThreads * n;
   int64_t i = launch.begin + (int64_t{blockIdx.x} * kThreads + threadIdx.x) * n;
   // One division for all steps: 64-bit ones take longer than the rest.
   const int64_t row_step = step / item.columns, column_step = step % item.columns;
   int64_t row = i / item.columns, column = i % item.columns;
   for (; i < launch.end; i += step) {
-    Acc value[n], slope[n], first[n], second[n];
-    sum_of<n, T>(item.in.x, item.in.bias, row, column, first);
-#pragma unroll
-    for (int v = 0; v < n; ++v) {
-      const Dual<Acc> f = activation<kind>(first[v]);
-      value[v] = f.value, slope[v] = f.slope;
-    }
+    Acc number[n], slope[n];
     Pack<T, n> out;
-    const bool gated = sum_of<n, T>(item.in.gate, item.in.gate_bias, row, column, second);
+    numbers_at<n, T>(item.x, row, column, number);
 #pragma unroll
     for (int v = 0; v < n; ++v) {
-      store(gated ? value[v] * second[v] : value[v], out.v[v]);
-      if (gated) slope[v] *= second[v];
+      const Dual<Acc> f = value_and_slope<kind, sizeof(T) == 2>(number[v]);
+      store(f.value, out.v[v]);
+      slope[v] = f.slope;
     }
     store_pack<T, n>(out, static_cast<T*>(item.y) + i);
 #pragma unroll 1
     for (int64_t k = 0; k < item.count; ++k) {
-      const ActivationInput& t = launch.tangents[k].of;
-      const bool moved = sum_of<n, T>(t.x, t.bias, row, column, first);
-      const bool opened = sum_of<n, T>(t.gate, t.gate_bias, row, column, second);
+      numbers_at<n, T>(launch.tangents[k].dx, row, column, number);
 #pragma unroll
-      for (int v = 0; v < n; ++v) {
-        Acc dy = 0;
-        if (moved) dy = slope[v] * first[v];
-        if (opened) dy = moved ? dy + value[v] * second[v] : value[v] * second[v];
-        store(dy, out.v[v]);
-      }
+      for (int v = 0; v < n; ++v) store(slope[v] * number[v], out.v[v]);
       store_pack<T, n>(out, static_cast<T*>(launch.tangents[k].dy) + i);
     }
     row += row_step, column += column_step;
@@ -88,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Activation kind, class T, int n>
-void launch_range(ActivationLaunch& launch, int64_t begin, int64_t end, cudaStream_t stream) {
+void launch_range(Launch& launch, int64_t begin, int64_t end, cudaStream_t stream) {
   if (begin == end) return;
   launch.begin = begin, launch.end = end;
   const int64_t blocks = ((end - begin) / n + kThreads - 1) / kThreads;
@@ -97,7 +70,7 @@ void launch_range(ActivationLaunch& launch, int64_t begin, int64_t end, cudaStre
 
 // [0, whole) 16 bytes at a time, and the rest one by one.
 template <class T>
-void launch_kind(ActivationLaunch& launch, int64_t whole, int64_t numel, cudaStream_t stream) {
+void launch_kind(Launch& launch, int64_t whole, int64_t numel, cudaStream_t stream) {
 #define TF_KIND(kind)                                                                   \
   case kind:                                                                            \
     launch_range<kind, T, kPack<T>>(launch, 0, whole, stream);                          \
@@ -105,20 +78,18 @@ void launch_kind(ActivationLaunch& launch, int64_t whole, int64_t numel, cudaStr
   switch (launch.item.kind) {
     TF_KIND(Activation::gelu)
     TF_KIND(Activation::gelu_tanh)
-    TF_KIND(Activation::quick_gelu)
     TF_KIND(Activation::silu)
-    TF_KIND(Activation::sigmoid)
   }
 #undef TF_KIND
 }
 
 }  // namespace
 
-void activation_jvp_launch(const ActivationItem& item, int64_t numel, cudaStream_t stream) {
+void activation_jvp_launch(const Item& item, int64_t numel, cudaStream_t stream) {
   const int64_t whole = whole_packs(item, numel);
   int64_t next = 0;
   do {  // more tangents than a launch takes need another, which writes y again
-    ActivationLaunch launch{item, {}, 0, 0};
+    Launch launch{item, {}, 0, 0};
     launch.item.count = std::min<int64_t>(item.count - next, kTangents);
     std::copy_n(item.tangents + next, launch.item.count, launch.tangents);
     next += launch.item.count;
@@ -131,4 +102,4 @@ void activation_jvp_launch(const ActivationItem& item, int64_t numel, cudaStream
   } while (next < item.count);
 }
 
-}  // namespace tangentfast
+}  // namespace tangentfast::activation

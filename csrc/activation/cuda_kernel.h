@@ -5,8 +5,8 @@
 
 #include "kernel.h"
 
-namespace tangentfast {
+namespace tangentfast::activation {
 
-void activation_jvp_launch(const ActivationItem& item, int64_t numel, cudaStream_t stream);
+void activation_jvp_launch(const Item& item, int64_t numel, cudaStream_t stream);
 
-}  // namespace tangentfast
+}  // namespace tangentfast::activation

@@ -1,40 +1,35 @@
 // The loops of activations over raw memory: no torch, no threads, no allocation.
-//   y = f(x + b) (g + c)      dy = f'(x + b) (g + c) (dx + db) + f(x + b) (dg + dc)
-// where the gate g + c is optional, and b, c are biases, one row for all.
+//   y = f(x)      dy = f'(x) dx
 #pragma once
 
 #include <cstdint>
 
 #include "formula.h"
 
-namespace tangentfast {
+namespace tangentfast::activation {
 
-// [rows, columns] of numbers, contiguous within a row; the same row for all when the stride is 0.
+// [rows, columns] of numbers, contiguous within a row.
 struct Rows {
-  const void* data;  // null where absent
+  const void* data;
   int64_t stride;
 };
 
-struct ActivationInput {
-  Rows x, bias, gate, gate_bias;
+struct Tangent {
+  Rows dx;
+  void* dy;  // [rows * columns]
 };
 
-struct ActivationTangent {
-  ActivationInput of;  // dx, dbias, dgate, dgate_bias
-  void* dy;            // [rows * columns]
-};
-
-struct ActivationItem {
+struct Item {
   Type type;  // of everything
   Activation kind;
   int64_t columns;
-  ActivationInput in;
+  Rows x;
   void* y;  // [rows * columns]
-  const ActivationTangent* tangents;
+  const Tangent* tangents;
   int64_t count;
 };
 
 // Elements begin <= i < end of rows * columns.
-void activation_jvp_kernel(const ActivationItem& item, int64_t begin, int64_t end);
+void activation_jvp_kernel(const Item& item, int64_t begin, int64_t end);
 
-}  // namespace tangentfast
+}  // namespace tangentfast::activation

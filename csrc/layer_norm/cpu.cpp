@@ -6,12 +6,12 @@
 
 #include "prepare.h"
 
-namespace tangentfast {
+namespace tangentfast::layer_norm {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // elements: under it a second thread costs more than it gives
 
-void norm_rows(NormItem item, int64_t rows) {
+void norm_rows(Item item, int64_t rows) {
   const auto acc = item.type == Type::f64 ? at::kDouble : at::kFloat;
   at::Tensor ones, zeros;  // the loops have no branches for a weight or bias that is not there
   if (!item.weight) item.weight = (ones = at::ones({item.size}, acc)).const_data_ptr();
@@ -25,27 +25,22 @@ void norm_rows(NormItem item, int64_t rows) {
                    });
 }
 
-LayerNormResult layer_norm_cpu(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                               at::IntArrayRef shape, const std::optional<at::Tensor>& weight,
-                               const std::optional<at::Tensor>& bias, double eps,
-                               const NormTangents& tangents) {
-  return norm_jvp("layer_norm_jvp", true, x, residual, shape, weight, bias, eps, tangents, at::kCPU,
-                  false, &norm_rows);
+LayerNormResult layer_norm_cpu(const at::Tensor& x, at::IntArrayRef shape, const Optional& weight,
+                               const Optional& bias, double eps, const Column& dx,
+                               const Column& dweight, const Column& dbias) {
+  return norm_jvp("layer_norm_jvp", true, x, shape, weight, bias, eps, {dx, dweight, dbias},
+                  at::kCPU, false, &norm_rows);
 }
 
-RmsNormResult rms_norm_cpu(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                           at::IntArrayRef shape, const std::optional<at::Tensor>& weight,
-                           double eps, const NormTangents& tangents) {
-  auto [y, mean, rstd, dys, sums] =
-      norm_jvp("rms_norm_jvp", false, x, residual, shape, weight, std::nullopt, eps,
-               tangents, at::kCPU, false, &norm_rows);
-  return {y, rstd, dys, sums};
+RmsNormResult rms_norm_cpu(const at::Tensor& x, at::IntArrayRef shape, const Optional& weight,
+                           double eps, const Column& dx, const Column& dweight) {
+  return rms_norm_jvp(x, shape, weight, eps, dx, dweight, at::kCPU, false, &norm_rows);
 }
 
 }  // namespace
-}  // namespace tangentfast
+}  // namespace tangentfast::layer_norm
 
 TORCH_LIBRARY_IMPL(tangentfast, CPU, m) {
-  m.impl("layer_norm_jvp", &tangentfast::layer_norm_cpu);
-  m.impl("rms_norm_jvp", &tangentfast::rms_norm_cpu);
+  m.impl("layer_norm_jvp", &tangentfast::layer_norm::layer_norm_cpu);
+  m.impl("rms_norm_jvp", &tangentfast::layer_norm::rms_norm_cpu);
 }

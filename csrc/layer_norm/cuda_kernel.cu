@@ -7,16 +7,16 @@
 #include "../cuda/memory.h"
 #include "formula.h"
 
-namespace tangentfast {
+namespace tangentfast::layer_norm {
 namespace {
 
 constexpr int kBlock = 128;  // threads
 constexpr int kTangents = 32;  // of a launch: their pointers are kernel parameters
 constexpr int kShort = 64, kLong = 128;  // bytes that a thread keeps of a row
 
-struct NormLaunch {
-  NormItem item;
-  NormTangent tangents[kTangents];
+struct Launch {
+  Item item;
+  Tangent tangents[kTangents];
   int64_t rows;
 };
 
@@ -67,27 +67,12 @@ __device__ __forceinline__ void weights_at(const void* data, Type type, int64_t 
   }
 }
 
-// n numbers at `offset`; with `other`, their sum with it, rounded to storage, and written to `sum`.
-template <int n, class T>
-__device__ __forceinline__ Pack<T, n> numbers_at(const void* data, const void* other, void* sum,
-                                                 int64_t offset) {
-  using Acc = typename Accumulator<T>::type;
-  Pack<T, n> x = unpacked<T, n>(load_word<T, n>(static_cast<const T*>(data) + offset));
-  if (other) {
-    const auto r = unpacked<T, n>(load_word<T, n>(static_cast<const T*>(other) + offset));
-#pragma unroll
-    for (int v = 0; v < n; ++v) store(load<Acc>(x.v[v]) + load<Acc>(r.v[v]), x.v[v]);
-    store_pack<T, n>(x, static_cast<T*>(sum) + offset);
-  }
-  return x;
-}
-
-__device__ __forceinline__ int terms_of(const NormTangent& t) {
+__device__ __forceinline__ int terms_of(const Tangent& t) {
   return (t.dx ? kFromInput : 0) | (t.dweight ? kFromWeight : 0) | (t.dbias ? kFromBias : 0);
 }
 
 template <int n, class T, class Acc>
-__device__ __forceinline__ void store_value(const NormItem& item, const Acc* x_hat, int64_t i,
+__device__ __forceinline__ void store_value(const Item& item, const Acc* x_hat, int64_t i,
                                             int64_t offset) {
   Acc w[n], b[n];
   weights_at<n, T>(item.weight, item.weights, i, Acc(1), w);
@@ -99,7 +84,7 @@ __device__ __forceinline__ void store_value(const NormItem& item, const Acc* x_h
 }
 
 template <int n, class T, class Acc>
-__device__ __forceinline__ void store_tangent(const NormItem& item, const NormTangent& t,
+__device__ __forceinline__ void store_tangent(const Item& item, const Tangent& t,
                                               const Acc* dx, const Acc* x_hat, Acc mean_dx,
                                               Acc along, Acc rstd, int64_t i, int64_t offset) {
   const int terms = terms_of(t);
@@ -118,22 +103,23 @@ __device__ __forceinline__ void store_tangent(const NormItem& item, const NormTa
 // `threads` to a row, each with `bytes` of it; all threads of a block take as many rows.
 template <class T, int threads, int bytes>
 __global__ void __launch_bounds__(kBlock, 3)
-    norm_jvp_kernel(const __grid_constant__ NormLaunch launch) {
+    norm_jvp_kernel(const __grid_constant__ Launch launch) {
   using Acc = typename Accumulator<T>::type;
   constexpr int pack = kPack<T>, kept = bytes / sizeof(Acc), packs = kept / pack;
   static_assert(packs > 0, "a thread keeps less than it reads at once");
-  const NormItem& item = launch.item;
+  const Item& item = launch.item;
   const int64_t n = item.size;
   const int lane = threadIdx.x % threads;
   for (int64_t row = blockIdx.x * (kBlock / threads) + threadIdx.x / threads; row < launch.rows;
        row += gridDim.x * (kBlock / threads)) {
     const int64_t offset = row * n;
     const auto first = [&](int p) { return int64_t{p * threads + lane} * pack; };
-    const auto read = [&](const void* data, const void* other, void* sum, Acc(&to)[kept]) {
+    const auto read = [&](const void* data, Acc(&to)[kept]) {
+      const T* const stored = static_cast<const T*>(data) + offset;
       Pack<T, pack> packed[packs];
 #pragma unroll
       for (int p = 0; p < packs; ++p) {
-        if (first(p) < n) packed[p] = numbers_at<pack, T>(data, other, sum, offset + first(p));
+        if (first(p) < n) packed[p] = unpacked<T, pack>(load_word<T, pack>(stored + first(p)));
       }
 #pragma unroll
       for (int i = 0; i < kept; ++i) {
@@ -141,7 +127,7 @@ __global__ void __launch_bounds__(kBlock, 3)
       }
     };
     Acc x_hat[kept], dx[kept];
-    read(item.x, item.residual, item.sum, x_hat);
+    read(item.x, x_hat);
     Acc a = 0, b = 0;
     if (item.centered) {
 #pragma unroll
@@ -170,10 +156,10 @@ __global__ void __launch_bounds__(kBlock, 3)
     }
 #pragma unroll 1
     for (int64_t k = 0; k < item.count; ++k) {
-      const NormTangent& t = launch.tangents[k];
+      const Tangent& t = launch.tangents[k];
       Acc mean_dx = 0, along = 0;
       if (t.dx) {
-        read(t.dx, t.dresidual, t.dsum, dx);
+        read(t.dx, dx);
 #pragma unroll
         for (int i = 0; i < kept; ++i) {
           if (first(i / pack) < n) mean_dx += dx[i], along += dx[i] * x_hat[i];
@@ -196,17 +182,15 @@ __global__ void __launch_bounds__(kBlock, 3)
 // A block to a row of any length and alignment, one number at a time.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    norm_jvp_any_kernel(const __grid_constant__ NormLaunch launch) {
+    norm_jvp_any_kernel(const __grid_constant__ Launch launch) {
   using Acc = typename Accumulator<T>::type;
-  const NormItem& item = launch.item;
+  const Item& item = launch.item;
   const int64_t n = item.size;
   for (int64_t row = blockIdx.x; row < launch.rows; row += gridDim.x) {
     const int64_t offset = row * n;
-    const T* const x = static_cast<const T*>(item.residual ? item.sum : item.x) + offset;
+    const T* const x = static_cast<const T*>(item.x) + offset;
     Acc a = 0, b = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kBlock) {
-      a += load<Acc>(numbers_at<1, T>(item.x, item.residual, item.sum, offset + i).v[0]);
-    }
+    for (int64_t i = threadIdx.x; i < n; i += kBlock) a += load<Acc>(x[i]);
     const Acc near = item.centered ? row_sums<kBlock>(a, b).a / n : 0;
     a = 0;
     for (int64_t i = threadIdx.x; i < n; i += kBlock) {
@@ -225,13 +209,12 @@ __global__ void __launch_bounds__(kBlock)
       store_value<1, T>(item, &x_hat, i, offset);
     }
     for (int64_t k = 0; k < item.count; ++k) {
-      const NormTangent& t = launch.tangents[k];
-      const T* const dx = static_cast<const T*>(t.dresidual ? t.dsum : t.dx) + offset;
+      const Tangent& t = launch.tangents[k];
+      const T* const dx = static_cast<const T*>(t.dx) + offset;
       Acc mean_dx = 0, along = 0;
       if (t.dx) {
         for (int64_t i = threadIdx.x; i < n; i += kBlock) {
-          const auto d = load<Acc>(
-              numbers_at<1, T>(t.dx, t.dresidual, t.dsum, offset + i).v[0]);
+          const Acc d = load<Acc>(dx[i]);
           mean_dx += d, along += d * normalized(load<Acc>(x[i]), s);
         }
         sums = row_sums<kBlock>(mean_dx, along);
@@ -248,7 +231,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class T>
-void launch_rows(const NormLaunch& launch, bool aligned, cudaStream_t stream) {
+void launch_rows(const Launch& launch, bool aligned, cudaStream_t stream) {
   using Acc = typename Accumulator<T>::type;
   constexpr int64_t few = kShort / sizeof(Acc), many = kLong / sizeof(Acc);
   const int64_t n = launch.item.size;
@@ -269,22 +252,22 @@ void launch_rows(const NormLaunch& launch, bool aligned, cudaStream_t stream) {
 
 }  // namespace
 
-void norm_jvp_launch(const NormItem& item, int64_t rows, cudaStream_t stream) {
+void norm_jvp_launch(const Item& item, int64_t rows, cudaStream_t stream) {
   if (rows == 0) return;
   uintptr_t addresses = 0;  // their low bits, all together
   const auto note = [&](auto... pointers) {
     ((addresses |= reinterpret_cast<uintptr_t>(pointers)), ...);
   };
-  note(item.x, item.residual, item.weight, item.bias, item.sum, item.y);
+  note(item.x, item.weight, item.bias, item.y);
   for (int64_t k = 0; k < item.count; ++k) {
-    const NormTangent& t = item.tangents[k];
-    note(t.dx, t.dresidual, t.dweight, t.dbias, t.dsum, t.dy);
+    const Tangent& t = item.tangents[k];
+    note(t.dx, t.dweight, t.dbias, t.dy);
   }
   const int size = size_of(item.type);
   const bool aligned = addresses % 16 == 0 && item.size * size % 16 == 0;
   int64_t next = 0;
   do {  // more tangents than a launch takes need another, which writes y again
-    NormLaunch launch{item, {}, rows};
+    Launch launch{item, {}, rows};
     launch.item.count = std::min<int64_t>(item.count - next, kTangents);
     std::copy_n(item.tangents + next, launch.item.count, launch.tangents);
     next += launch.item.count;
@@ -297,4 +280,4 @@ void norm_jvp_launch(const NormItem& item, int64_t rows, cudaStream_t stream) {
   } while (next < item.count);
 }
 
-}  // namespace tangentfast
+}  // namespace tangentfast::layer_norm

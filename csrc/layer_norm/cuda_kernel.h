@@ -5,8 +5,8 @@
 
 #include "kernel.h"
 
-namespace tangentfast {
+namespace tangentfast::layer_norm {
 
-void norm_jvp_launch(const NormItem& item, int64_t rows, cudaStream_t stream);
+void norm_jvp_launch(const Item& item, int64_t rows, cudaStream_t stream);
 
-}  // namespace tangentfast
+}  // namespace tangentfast::layer_norm

@@ -9,7 +9,7 @@
 
 #include "../scalar.h"
 
-namespace tangentfast {
+namespace tangentfast::layer_norm {
 
 // Which terms of dy there are.
 constexpr int kFromInput = 1, kFromWeight = 2, kFromBias = 4;
@@ -54,4 +54,4 @@ TF_INLINE Acc norm_tangent(int terms, Acc dx, Acc mean_dx, Acc along, Acc x_hat,
   return dy;
 }
 
-}  // namespace tangentfast
+}  // namespace tangentfast::layer_norm

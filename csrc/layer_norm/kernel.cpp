@@ -3,7 +3,7 @@
 #include "../isa.h"
 #include "formula.h"
 
-namespace tangentfast {
+namespace tangentfast::layer_norm {
 namespace {
 
 // Lanes of a sum, fixed whatever the ISA, so that sums have one order; 128 bytes hide the latency
@@ -71,13 +71,6 @@ TF_INLINE Acc row_sum(const Acc* x, int64_t n) {
   return fold<lanes>(sum);
 }
 
-// a + b, rounded to storage as a separate addition would be, and read back.
-template <class T, class Acc>
-TF_INLINE const Acc* added(const T* a, const T* b, T* __restrict sum, int64_t n, Acc* scratch) {
-  for (int64_t i = 0; i < n; ++i) store(load<Acc>(a[i]) + load<Acc>(b[i]), sum[i]);
-  return widened(static_cast<const T*>(sum), n, scratch);
-}
-
 template <class T>
 TF_INLINE const T* at(const void* data, int64_t offset) {
   return static_cast<const T*>(data) + offset;
@@ -116,7 +109,7 @@ TF_INLINE void tangent_row(const Acc* dx, Acc mean_dx, Acc along, const Acc* x_h
 }
 
 template <class T, class Acc>
-TF_INLINE void norm_rows(const NormItem& item, int64_t begin, int64_t end, Acc* scratch) {
+TF_INLINE void norm_rows(const Item& item, int64_t begin, int64_t end, Acc* scratch) {
   const int64_t n = item.size;
   Acc* const x_hat = scratch;
   Acc* const wide = scratch + n;
@@ -124,27 +117,21 @@ TF_INLINE void norm_rows(const NormItem& item, int64_t begin, int64_t end, Acc* 
   const Acc* const b = at<Acc>(item.bias, 0);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * n;
-    const T* const stored = at<T>(item.x, offset);
-    const Acc* const x = item.residual ? added(stored, at<T>(item.residual, offset),
-                                               at<T>(item.sum, offset), n, wide)
-                                       : widened(stored, n, wide);
+    const Acc* const x = widened(at<T>(item.x, offset), n, wide);
     const Statistics<Acc> s = statistics(x, n, item.centered, static_cast<Acc>(item.eps));
     if (item.mean) *at<Acc>(item.mean, row) = s.near + s.rest;
     *at<Acc>(item.rstd, row) = s.rstd;
     value_row(x, s, w, b, n, x_hat, at<T>(item.y, offset));
 
     for (int64_t k = 0; k < item.count; ++k) {
-      const NormTangent& t = item.tangents[k];
+      const Tangent& t = item.tangents[k];
       const Acc* const dw = at<Acc>(t.dweight, 0);
       const Acc* const db = at<Acc>(t.dbias, 0);
       T* const dy = at<T>(t.dy, offset);
       const Acc* dx = nullptr;
       Acc mean_dx = 0, along = 0;
       if (t.dx) {
-        const T* const tangent = at<T>(t.dx, offset);
-        dx = t.dresidual ? added(tangent, at<T>(t.dresidual, offset), at<T>(t.dsum, offset), n,
-                                 wide)
-                         : widened(tangent, n, wide);
+        dx = widened(at<T>(t.dx, offset), n, wide);
         const Sums<Acc> sums = row_sums<Acc>(Pairs<Acc>{dx, x_hat}, n);
         if (item.centered) mean_dx = sums.a / n;
         along = sums.ab / n;
@@ -166,7 +153,7 @@ TF_INLINE void norm_rows(const NormItem& item, int64_t begin, int64_t end, Acc* 
   }
 }
 
-TF_INLINE void norm_body(const NormItem& item, int64_t begin, int64_t end, void* scratch) {
+TF_INLINE void norm_body(const Item& item, int64_t begin, int64_t end, void* scratch) {
   switch (item.type) {
     case Type::f64: return norm_rows<double>(item, begin, end, static_cast<double*>(scratch));
     case Type::f32: return norm_rows<float>(item, begin, end, static_cast<float*>(scratch));
@@ -178,7 +165,7 @@ TF_INLINE void norm_body(const NormItem& item, int64_t begin, int64_t end, void*
 }  // namespace
 
 TF_DISPATCH(norm_jvp_kernel, norm_body,
-            (const NormItem& item, int64_t begin, int64_t end, void* scratch),
+            (const Item& item, int64_t begin, int64_t end, void* scratch),
             (item, begin, end, scratch))
 
-}  // namespace tangentfast
+}  // namespace tangentfast::layer_norm

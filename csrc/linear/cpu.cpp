@@ -10,7 +10,7 @@
 #include "../checks.h"
 #include "kernel.h"
 
-namespace tangentfast {
+namespace tangentfast::linear {
 namespace {
 
 constexpr const char* kOp = "products";
@@ -89,7 +89,7 @@ std::vector<at::Tensor> products_cpu(at::TensorList lefts, at::TensorList rights
     sum.out = outs.back().data_ptr();
     sums.push_back(sum);
   }
-  Products call{type_of(lefts[0]), rows, columns, depth, left.data(), left.size(),
+  Products call{type_of(lefts[0]), narrow, rows, columns, depth, left.data(), left.size(),
                 right.data(), right.size(), sums.data(), count, all.data(),
                 static_cast<int64_t>(all.size())};
   const ProductsPlan plan = products_plan(call);
@@ -107,6 +107,6 @@ std::vector<at::Tensor> products_cpu(at::TensorList lefts, at::TensorList rights
 }
 
 }  // namespace
-}  // namespace tangentfast
+}  // namespace tangentfast::linear
 
-TORCH_LIBRARY_IMPL(tangentfast, CPU, m) { m.impl("products", &tangentfast::products_cpu); }
+TORCH_LIBRARY_IMPL(tangentfast, CPU, m) { m.impl("products", &tangentfast::linear::products_cpu); }

@@ -2,14 +2,14 @@
 //   C = bias + sum over its terms of A B
 // Every A is first copied into panels, in the order in which they are read; then a block of columns
 // of every C is one task, which copies each B's block into panels once for all C that need it (Goto
-// and van de Geijn 2008, doi:10.1145/1356052.1356053). Copies are widened to what is computed in.
+// and van de Geijn 2008, doi:10.1145/1356052.1356053). Copies have the type that is computed in.
 #pragma once
 
 #include <cstdint>
 
 #include "../scalar.h"
 
-namespace tangentfast {
+namespace tangentfast::linear {
 
 // Strides in elements; one of them is 1.
 struct Matrix {
@@ -27,7 +27,8 @@ struct Sum {
 };
 
 struct Products {
-  Type type;  // computed in double for f64, float for the rest
+  Type type;    // computed in double for f64, float for the rest
+  bool narrow;  // f32: operands are rounded to bfloat16; sums stay float
   int64_t rows, columns, depth;
   const Matrix* lefts;  // [rows][depth]
   int64_t left_count;
@@ -56,4 +57,4 @@ void products_pack(const Products& call, int64_t task);
 // task < column_blocks * parts. A result does not depend on the parts.
 void products_block(const Products& call, int64_t task, void* scratch);
 
-}  // namespace tangentfast
+}  // namespace tangentfast::linear

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tangentfast import _torch
 from tangentfast.ops.attention import attention_jvp
-from tangentfast.rules.registry import RULES, Rule, fused
+from tangentfast.rules.registry import composite, fused
 
 
 @fused(F.scaled_dot_product_attention)
@@ -30,5 +30,4 @@ def scaled_dot_product_attention(
     )
 
 
-_multi_head = F.multi_head_attention_forward
-RULES[_multi_head] = Rule(_torch.multi_head_attention_forward, _multi_head, "composite")
+composite(F.multi_head_attention_forward)(_torch.multi_head_attention_forward)

@@ -6,14 +6,17 @@ The derivative is that of the real and imaginary parts: of y = z conj(z) along d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tangentfast.rules.linear import product_rule
-from tangentfast.rules.registry import Jvp, add, evaluate, fused, linear_in_first, rule
+from tangentfast.rules.linear import product
+from tangentfast.rules.registry import (
+    Jvp,
+    jointly,
+    jointly_linear,
+    linear_in_first,
+    rule,
+)
 
 _transforms = [
     f"{i}{kind}{n}" for kind in ("fft", "rfft", "hfft") for i in ("", "i") for n in ("", "2", "n")
@@ -38,25 +41,17 @@ def view_as_real(input: Tensor) -> tuple[Tensor, Jvp]:
     return torch.view_as_real(input), lambda dx: torch.view_as_real(dx.resolve_conj())
 
 
-@rule("complex", complex=True)
-def complex_(real: Tensor, imag: Tensor) -> tuple[Tensor, Jvp]:
-    def jvp(dreal: Tensor | None, dimag: Tensor | None) -> Tensor:
-        dreal = torch.zeros_like(real) if dreal is None else dreal
-        dimag = torch.zeros_like(imag) if dimag is None else dimag
-        return torch.complex(dreal, dimag)
-
-    return torch.complex(real, imag), jvp
+jointly_linear("real imag", (0, 1), "complex")
 
 
 @rule("polar", complex=True)
-def polar(abs: Tensor, angle: Tensor) -> tuple[Tensor, Jvp]:
+def polar(abs: Tensor, angle: Tensor) -> tuple[Tensor, Jvp, Jvp]:
     y = torch.polar(abs, angle)
-
-    def jvp(dabs: Tensor | None, dangle: Tensor | None) -> Tensor | None:
-        outwards = None if dabs is None else torch.polar(*torch.broadcast_tensors(dabs, angle))
-        return add(outwards, None if dangle is None else 1j * dangle * y)
-
-    return y, jvp
+    return (
+        y,
+        lambda dabs: torch.polar(*torch.broadcast_tensors(dabs, angle)),
+        lambda dangle: 1j * dangle * y,
+    )
 
 
 @rule("angle", complex=True)
@@ -69,7 +64,7 @@ def angle(input: Tensor) -> tuple[Tensor, Jvp]:
     return torch.angle(input), jvp
 
 
-@rule("stft", complex=True)
+@jointly("stft", complex=True)
 def stft(
     input: Tensor,
     n_fft: int,
@@ -86,21 +81,18 @@ def stft(
     """Linear in the signal and in the window."""
     newer = {} if align_to_window is None else {"align_to_window": align_to_window}
 
-    def product(input: Tensor, window: Tensor | None) -> Tensor:
+    def transform(input: Tensor, window: Tensor | None) -> Tensor:
         return torch.stft(
             input, n_fft, hop_length, win_length, window, center, pad_mode, normalized, onesided,
             return_complex, **newer,
         )  # fmt: skip
 
-    def jvp(dx: Tensor | None, *rest: Tensor | None) -> Any:
-        return product_rule(product, (input, window), (dx, rest[3]))
-
-    return product(input, window), jvp
+    y, jvp = product(transform, input, window)
+    return y, lambda *row: jvp(row[0], row[4])
 
 
-@fused("istft", complex=True)
+@rule("istft", complex=True)
 def istft(
-    tangents: Sequence[Any],
     input: Tensor,
     n_fft: int,
     hop_length: int | None = None,
@@ -111,9 +103,10 @@ def istft(
     onesided: bool | None = None,
     length: int | None = None,
     return_complex: bool = False,
-) -> tuple[Tensor, list[Any]] | None:
-    if any(row is not None and row[4] is not None for row in tangents):
-        return None  # it divides by the squares of the window
+) -> tuple[Tensor, Jvp]:
+    """Linear in the spectrogram; it divides by the squares of the window."""
     options = (n_fft, hop_length, win_length, window, center, normalized, onesided, length)
-    dys = evaluate(lambda dx, *_: torch.istft(dx, *options, return_complex), tangents)
-    return torch.istft(input, *options, return_complex), dys
+    return (
+        torch.istft(input, *options, return_complex),
+        lambda dx: torch.istft(dx, *options, return_complex),
+    )

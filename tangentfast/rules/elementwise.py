@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tangentfast.ops.activation import activation_jvp
-from tangentfast.rules.registry import Jvp, add, functions, fused, rule
+from tangentfast.rules.registry import Jvp, functions, fused, jointly, rule
 
 aten = torch.ops.aten
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (dx, x, y) -> dy
@@ -62,44 +61,72 @@ UNARY: dict[str, Derivative] = {
 # torch's backward kernels take the conjugate of the slope, and two functions are not of x alone.
 REAL = {"tanh", "sigmoid", "expit", "softsign", "logsigmoid", "nan_to_num"}
 
-# The same with an `inplace` argument.
-UNARY_INPLACE: dict[str, Derivative] = {
-    "relu": lambda dx, x, y: aten.threshold_backward(dx, y, 0),
-    "relu6": lambda dx, x, y: aten.hardtanh_backward(dx, x, 0, 6),
-    "mish": lambda dx, x, y: aten.mish_backward(dx, x),
-    "hardswish": lambda dx, x, y: aten.hardswish_backward(dx, x),
-    "hardsigmoid": lambda dx, x, y: aten.hardsigmoid_backward(dx, x),
-    "selu": lambda dx, x, y: aten.elu_backward(
-        dx, 1.6732632423543772, 1.0507009873554805, 1.0, False, x
+# With the parameters after the first; the derivative gets all but `inplace`.
+PARAMETRIC: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "relu": ("inplace=False", lambda dx, x, y: aten.threshold_backward(dx, y, 0)),
+    "relu6": ("inplace=False", lambda dx, x, y: aten.hardtanh_backward(dx, x, 0, 6)),
+    "mish": ("inplace=False", lambda dx, x, y: aten.mish_backward(dx, x)),
+    "hardswish": ("inplace=False", lambda dx, x, y: aten.hardswish_backward(dx, x)),
+    "hardsigmoid": ("inplace=False", lambda dx, x, y: aten.hardsigmoid_backward(dx, x)),
+    "selu": (
+        "inplace=False",
+        lambda dx, x, y: aten.elu_backward(
+            dx, 1.6732632423543772, 1.0507009873554805, 1.0, False, x
+        ),
+    ),
+    "elu": (
+        "alpha=1.0 inplace=False",
+        lambda dx, x, y, alpha: aten.elu_backward(dx, alpha, 1, 1, False, x),
+    ),
+    "celu": (
+        "alpha=1.0 inplace=False",
+        lambda dx, x, y, alpha: aten.elu_backward(dx, alpha, 1, 1 / alpha, False, x),
+    ),
+    "leaky_relu": (
+        "negative_slope=0.01 inplace=False",
+        lambda dx, x, y, slope: aten.leaky_relu_backward(dx, x, slope, False),
+    ),
+    "threshold": (
+        "threshold value inplace=False",
+        lambda dx, x, y, threshold, value: aten.threshold_backward(dx, x, threshold),
+    ),
+    "hardtanh": (
+        "min_val=-1.0 max_val=1.0 inplace=False",
+        lambda dx, x, y, low, high: aten.hardtanh_backward(dx, x, low, high),
+    ),
+    "softplus": (
+        "beta=1 threshold=20",
+        lambda dx, x, y, beta, threshold: aten.softplus_backward(dx, x, beta, threshold),
     ),
 }
 
 
-def _unary(function: Callable[..., Any], derivative: Derivative, complex: bool) -> None:
-    @rule(function, complex=complex)
-    def unary(input: Tensor) -> tuple[Tensor, Jvp]:
-        y = function(input)
-        return y, lambda dx: derivative(dx, input, y)
+def _unary(
+    function: Callable[..., Any],
+    derivative: Callable[..., Tensor],
+    parameters: str = "",
+    complex: bool = False,
+) -> None:
+    count = len(parameters.replace("inplace=False", "").split())
 
-
-def _unary_inplace(function: Callable[..., Any], derivative: Derivative) -> None:
-    @rule(function)
-    def unary(input: Tensor, inplace: bool = False) -> tuple[Tensor, Jvp]:
-        y = function(input)
-        return y, lambda dx, *_: derivative(dx, input, y)
+    @rule(function, complex=complex, parameters="input " + parameters)
+    def unary(input: Tensor, *rest: Any) -> tuple[Tensor, Jvp]:
+        options = rest[:count]
+        y = function(input, *options)
+        return y, lambda dx: derivative(dx, input, y, *options)
 
 
 for _name, _derivative in UNARY.items():
     for _function in functions(_name):
-        _unary(_function, _derivative, _name not in REAL)
-for _name, _derivative in UNARY_INPLACE.items():
+        _unary(_function, _derivative, complex=_name not in REAL)
+for _name, (_parameters, _derivative) in PARAMETRIC.items():
     for _function in functions(_name):
-        _unary_inplace(_function, _derivative)
+        _unary(_function, _derivative, _parameters)
 
 
-def _rows(tangents: Sequence[Any]) -> list[Any]:
+def _first(tangents: Sequence[Any]) -> list[Any]:
     """Of each tangent's arguments the first."""
-    return [row and row[:1] for row in tangents]
+    return [row and row[0] for row in tangents]
 
 
 @fused("gelu")
@@ -107,76 +134,24 @@ def gelu(
     tangents: Any, input: Tensor, approximate: str = "none"
 ) -> tuple[Tensor, list[Any]] | None:
     kind = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-    return None if kind is None else activation_jvp(input, kind, _rows(tangents))
+    return None if kind is None else activation_jvp(input, kind, _first(tangents))
 
 
 @fused("silu")
 def silu(tangents: Any, input: Tensor, inplace: bool = False) -> tuple[Tensor, list[Any]]:
-    return activation_jvp(input, "silu", _rows(tangents))
-
-
-@rule("leaky_relu")
-def leaky_relu(
-    input: Tensor, negative_slope: float = 0.01, inplace: bool = False
-) -> tuple[Tensor, Jvp]:
-    return (
-        F.leaky_relu(input, negative_slope),
-        lambda dx, *_: aten.leaky_relu_backward(dx, input, negative_slope, False),
-    )
-
-
-@rule("elu")
-def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tensor, Jvp]:
-    return F.elu(input, alpha), lambda dx, *_: aten.elu_backward(dx, alpha, 1, 1, False, input)
-
-
-@rule("celu")
-def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tensor, Jvp]:
-    return (
-        F.celu(input, alpha),
-        lambda dx, *_: aten.elu_backward(dx, alpha, 1, 1 / alpha, False, input),
-    )
-
-
-@rule("threshold")
-def threshold(
-    input: Tensor, threshold: float, value: float, inplace: bool = False
-) -> tuple[Tensor, Jvp]:
-    return (
-        F.threshold(input, threshold, value),
-        lambda dx, *_: aten.threshold_backward(dx, input, threshold),
-    )
-
-
-@rule("hardtanh")
-def hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> tuple[Tensor, Jvp]:
-    return (
-        F.hardtanh(input, min_val, max_val),
-        lambda dx, *_: aten.hardtanh_backward(dx, input, min_val, max_val),
-    )
-
-
-@rule("softplus")
-def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> tuple[Tensor, Jvp]:
-    return (
-        F.softplus(input, beta, threshold),
-        lambda dx, *_: aten.softplus_backward(dx, input, beta, threshold),
-    )
+    return activation_jvp(input, "silu", _first(tangents))
 
 
 @rule("add", complex=True)
-def add_(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
-    def jvp(dx: Tensor | None, dother: Tensor | None, _: None) -> Tensor | None:
-        return add(dx, dother if dother is None or alpha == 1 else alpha * dother)
-
-    return torch.add(input, other, alpha=alpha), jvp
+def add_(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp, Jvp]:
+    y = torch.add(input, other, alpha=alpha)
+    return y, lambda dx: dx, lambda dother: dother if alpha == 1 else alpha * dother
 
 
-@rule("sub", "subtract", complex=True)
+# Both tangents in one pass over memory.
+@jointly("sub", "subtract", complex=True)
 def sub(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
-    def jvp(dx: Tensor | None, dother: Tensor | None, _: None) -> Tensor | None:
+    def jvp(dx: Tensor | None, dother: Tensor | None, _: None = None) -> Tensor | None:
         if dx is None or dother is None:
             return dx if dother is None else -alpha * dother
         return torch.sub(dx, dother, alpha=alpha)
@@ -184,7 +159,7 @@ def sub(input: Any, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     return torch.sub(input, other, alpha=alpha), jvp
 
 
-@rule("mul", "multiply", complex=True)
+@jointly("mul", "multiply", complex=True)
 def mul(input: Any, other: Any) -> tuple[Tensor, Jvp]:
     def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
         if dx is None or dother is None:
@@ -194,7 +169,7 @@ def mul(input: Any, other: Any) -> tuple[Tensor, Jvp]:
     return torch.mul(input, other), jvp
 
 
-@rule("div", "divide", "true_divide", complex=True)
+@jointly("div", "divide", "true_divide", complex=True)
 def div(input: Any, other: Any, rounding_mode: str | None = None) -> tuple[Tensor, Jvp]:
     y = torch.div(input, other, rounding_mode=rounding_mode)
 
@@ -209,133 +184,106 @@ def div(input: Any, other: Any, rounding_mode: str | None = None) -> tuple[Tenso
 
 
 @rule("pow", "__pow__", complex=True)  # x ** 2 is not Tensor.pow
-def pow(input: Any, exponent: Any) -> tuple[Tensor, Jvp]:
+def pow(input: Any, exponent: Any) -> tuple[Tensor, Jvp, Jvp]:
     y = torch.pow(input, exponent)
 
-    def jvp(dx: Tensor | None, dexponent: Tensor | None) -> Tensor | None:
-        through_base = None
-        if dx is not None:
-            slope = exponent * torch.pow(input, exponent - 1)
-            # 0 * 0^-1 is 0 here: a constant power 0 has no slope anywhere.
-            zero_power = exponent == 0
-            if isinstance(zero_power, Tensor):
-                slope = torch.where(zero_power, 0, slope)
-            elif zero_power:
-                slope = torch.zeros_like(input)
-            through_base = dx * slope
-        if dexponent is None:
-            return through_base
+    def by_base(dx: Tensor) -> Tensor:
+        slope = exponent * torch.pow(input, exponent - 1)
+        # 0 * 0^-1 is 0 here: a constant power 0 has no slope anywhere.
+        zero_power = exponent == 0
+        if isinstance(zero_power, Tensor):
+            slope = torch.where(zero_power, 0, slope)
+        elif zero_power:
+            slope = torch.zeros_like(input)
+        return dx * slope
+
+    def by_exponent(dexponent: Tensor) -> Tensor:
         base = torch.as_tensor(input, dtype=y.dtype, device=y.device)
         # y log(base), with 0^p log 0 = 0 as autograd has it
-        slope = torch.where((base == 0) & (y == 0), 0, y * base.log())
-        return add(through_base, dexponent * slope)
+        return dexponent * torch.where((base == 0) & (y == 0), 0, y * base.log())
 
-    return y, jvp
+    return y, by_base, by_exponent
 
 
-@rule(Tensor.__rsub__, complex=True)
+@jointly(Tensor.__rsub__, complex=True)
 def reversed_sub(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
     y, jvp = sub(other, self)
-    return y, lambda dx, dother: jvp(dother, dx, None)
+    return y, lambda dx, dother: jvp(dother, dx)
 
 
-@rule(Tensor.__rdiv__, Tensor.__rtruediv__, complex=True)
+@jointly(Tensor.__rdiv__, Tensor.__rtruediv__, complex=True)
 def reversed_div(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
     y, jvp = div(other, self)
     return y, lambda dx, dother: jvp(dother, dx)
 
 
 @rule(Tensor.__rpow__, complex=True)
-def reversed_pow(self: Tensor, other: Any) -> tuple[Tensor, Jvp]:
-    y, jvp = pow(torch.as_tensor(other, dtype=self.dtype, device=self.device), self)
-    return y, lambda dx, dother: jvp(dother, dx)
+def reversed_pow(self: Tensor, other: Any) -> tuple[Tensor, Jvp, Jvp]:
+    y, by_other, by_self = pow(torch.as_tensor(other, dtype=self.dtype, device=self.device), self)
+    return y, by_self, by_other
 
 
-@rule("rsub", complex=True)
+@jointly("rsub", complex=True)
 def rsub(input: Tensor, other: Any, alpha: float = 1) -> tuple[Tensor, Jvp]:
     y, jvp = sub(other, input, alpha)
-    return y, lambda dx, dother, _: jvp(dother, dx, None)
+    return y, lambda dx, dother, _: jvp(dother, dx)
 
 
 @rule("addcmul", complex=True)
-def addcmul(
-    input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
-) -> tuple[Tensor, Jvp]:
-    def jvp(dx: Any, da: Any, db: Any, _: None) -> Tensor | None:
-        products = add(
-            None if da is None else da * tensor2 * value,
-            None if db is None else tensor1 * db * value,
-        )
-        return add(dx, products)
-
-    return torch.addcmul(input, tensor1, tensor2, value=value), jvp
+def addcmul(input: Tensor, tensor1: Any, tensor2: Any, value: float = 1) -> tuple[Any, ...]:
+    return (
+        torch.addcmul(input, tensor1, tensor2, value=value),
+        lambda dx: dx,
+        lambda da: da * tensor2 * value,
+        lambda db: tensor1 * db * value,
+    )
 
 
 @rule("addcdiv", complex=True)
-def addcdiv(
-    input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
-) -> tuple[Tensor, Jvp]:
-    def jvp(dx: Any, da: Any, db: Any, _: None) -> Tensor | None:
-        quotients = add(
-            None if da is None else da * value / tensor2,
-            None if db is None else -value * tensor1 * db / tensor2.square(),
-        )
-        return add(dx, quotients)
-
-    return torch.addcdiv(input, tensor1, tensor2, value=value), jvp
+def addcdiv(input: Tensor, tensor1: Any, tensor2: Any, value: float = 1) -> tuple[Any, ...]:
+    return (
+        torch.addcdiv(input, tensor1, tensor2, value=value),
+        lambda dx: dx,
+        lambda da: da * value / tensor2,
+        lambda db: -value * tensor1 * db / tensor2.square(),
+    )
 
 
 @rule("lerp", complex=True)
-def lerp(input: Tensor, end: Tensor, weight: Any) -> tuple[Tensor, Jvp]:
-    def jvp(dx: Any, dend: Any, dweight: Any) -> Tensor | None:
-        moved = add(
-            None if dx is None else dx * (1 - weight), None if dend is None else dend * weight
-        )
-        return add(moved, None if dweight is None else dweight * (end - input))
+def lerp(input: Tensor, end: Tensor, weight: Any) -> tuple[Any, ...]:
+    return (
+        torch.lerp(input, end, weight),
+        lambda dx: dx * (1 - weight),
+        lambda dend: dend * weight,
+        lambda dweight: dweight * (end - input),
+    )
 
-    return torch.lerp(input, end, weight), jvp
 
-
-def _tied(function: Callable[..., Tensor], *operands: Any) -> tuple[Tensor, Jvp]:
+def _tied(function: Callable[..., Tensor], parameters: str) -> None:
     """A choice among operands: the slopes of torch's own backward; versions share a tie unlike."""
-    y = function(*operands)
 
-    def jvp(*tangents: Tensor | None) -> Tensor | None:
-        moving = [i for i, d in enumerate(tangents) if d is not None]
-        again = list(operands)
-        with torch.enable_grad():
-            for i in moving:
+    @rule(function, parameters=parameters)
+    def choose(*operands: Any) -> tuple[Any, ...]:
+        y = function(*operands)
+
+        def by(i: int) -> Jvp:
+            def jvp(dx: Tensor) -> Tensor:
+                again = list(operands)
                 again[i] = operands[i].expand(y.shape).detach().requires_grad_()
-            total = function(*again).sum()
-        slopes = torch.autograd.grad(total, [again[i] for i in moving])
-        dy = None
-        for i, slope in zip(moving, slopes, strict=True):
-            dy = add(dy, tangents[i] * slope)  # type: ignore[operator]
-        return dy
+                with torch.enable_grad():
+                    total = function(*again).sum()
+                return dx * torch.autograd.grad(total, again[i])[0]
 
-    return y, jvp
+            return jvp
 
-
-@rule("clamp", "clip")
-def clamp(input: Tensor, min: Any = None, max: Any = None) -> tuple[Tensor, Jvp]:
-    return _tied(torch.clamp, input, min, max)
+        return y, *map(by, range(len(operands)))
 
 
-@rule("clamp_min")
-def clamp_min(input: Tensor, min: Any) -> tuple[Tensor, Jvp]:
-    return _tied(torch.clamp_min, input, min)
-
-
-@rule("clamp_max")
-def clamp_max(input: Tensor, max: Any) -> tuple[Tensor, Jvp]:
-    return _tied(torch.clamp_max, input, max)
-
-
-def _chosen(function: Callable[..., Any]) -> None:
-    @rule(function)
-    def choose(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
-        return _tied(function, input, other)
-
-
-for _function in functions("maximum", "minimum", "fmax", "fmin"):
-    _chosen(_function)
+for _names, _parameters in {
+    ("clamp", "clip"): "input min=None max=None",
+    ("clamp_min",): "input min",
+    ("clamp_max",): "input max",
+    ("maximum", "minimum", "fmax", "fmin"): "input other",
+}.items():
+    for _function in functions(*_names):
+        _tied(_function, _parameters)

@@ -16,21 +16,22 @@ from torch import Tensor
 from tangentfast.ops.linear import LinearTangent, is_patches, linear_jvp, patches_jvp
 from tangentfast.passes import narrow_tangents
 from tangentfast.rules.autocast import autocast_dtype, narrow
-from tangentfast.rules.registry import RULES, Inexact, Jvp, add, evaluate, functions, fused, rule
-
-
-def _accumulate(total: Tensor | None, term: Tensor) -> Tensor:
-    """total + term, into `total`, which nobody else holds."""
-    return term if total is None else total.add_(term)
+from tangentfast.rules.registry import Inexact, Jvp, add, evaluate, functions, fused, jointly, rule
 
 
 def product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Sequence[Any]) -> Any:
-    """sum_i f(tensors with the i-th replaced by its tangent), the sum accumulated in one buffer."""
+    """Σ_i f(tensors with the i-th replaced by its tangent), accumulated in one buffer."""
     total = None
-    for i, tangent in enumerate(tangents):
+    for i, tangent in enumerate(tangents[: len(tensors)]):
         if tangent is not None:
-            total = _accumulate(total, f(*tensors[:i], tangent, *tensors[i + 1 :]))
+            term = f(*tensors[:i], tangent, *tensors[i + 1 :])
+            total = term if total is None else total.add_(term)
     return total
+
+
+def product(f: Callable[..., Tensor], *tensors: Any) -> tuple[Tensor, Jvp]:
+    """A function linear in each of its tensors, which are the first arguments of a rule."""
+    return f(*tensors), lambda *row: product_rule(f, tensors, row)
 
 
 # The products that autocast computes in 16 bits on every device; of outer or kron it does not.
@@ -38,15 +39,11 @@ NARROWED = functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm")
 
 
 def _bilinear(function: Callable[..., Any]) -> None:
-    @rule(function, complex=True)
-    def product(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
+    @jointly(function, complex=True)
+    def bilinear(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
         if function in NARROWED:
             input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
-
-        def jvp(dx: Tensor | None, dother: Tensor | None) -> Tensor:
-            return product_rule(function, (input, other), (dx, dother))
-
-        return function(input, other), jvp
+        return product(function, input, other)
 
 
 for _function in functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "vdot",
@@ -68,76 +65,65 @@ def linear(
         return linear_jvp(input, weight, bias, rows)
 
 
-@rule("bilinear")
+@jointly("bilinear")
 def bilinear(
     input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Jvp]:
-    def jvp(da: Any, db: Any, dweight: Any, dbias: Any) -> Any:
-        return add(product_rule(F.bilinear, (input1, input2, weight), (da, db, dweight)), dbias)
+    def jvp(*row: Any) -> Any:
+        return add(product_rule(F.bilinear, (input1, input2, weight), row), row[3])
 
     return F.bilinear(input1, input2, weight, bias), jvp
-
-
-def _added(function: Callable[..., Any], product: Callable[..., Any]) -> None:
-    @rule(function, complex=True)
-    def added(
-        input: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
-    ) -> tuple[Tensor, Jvp]:
-        def jvp(dinput: Any, da: Any, db: Any, *_: None) -> Any:
-            dy = product_rule(product, (a, b), (da, db))
-            dy = dy if dy is None or alpha == 1 else alpha * dy
-            return add(dy, dinput if dinput is None or beta == 1 else beta * dinput)
-
-        return function(input, a, b, beta=beta, alpha=alpha), jvp
 
 
 def _added_product(name: str, product: Callable[..., Any], parameters: str) -> None:
     """beta * input + alpha * product(a, b): addmm and its kin."""
     for function in functions(name):
-        _added(function, product)
-        RULES[function].parameters = (*parameters.split(), "beta", "alpha")
+
+        @jointly(function, complex=True, parameters=f"input {parameters} beta=1 alpha=1")
+        def added(
+            input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, f: Any = function
+        ) -> tuple[Tensor, Jvp]:
+            def jvp(dinput: Any, da: Any, db: Any, *_: None) -> Any:
+                dy = product_rule(product, (a, b), (da, db))
+                dy = dy if dy is None or alpha == 1 else alpha * dy
+                return add(dy, dinput if dinput is None or beta == 1 else beta * dinput)
+
+            return f(input, a, b, beta=beta, alpha=alpha), jvp
 
 
-_added_product("addmm", torch.mm, "input mat1 mat2")
-_added_product("addmv", torch.mv, "input mat vec")
-_added_product("addr", torch.outer, "input vec1 vec2")
-_added_product("baddbmm", torch.bmm, "input batch1 batch2")
-_added_product("addbmm", lambda a, b: torch.bmm(a, b).sum(0), "input batch1 batch2")
+_added_product("addmm", torch.mm, "mat1 mat2")
+_added_product("addmv", torch.mv, "mat vec")
+_added_product("addr", torch.outer, "vec1 vec2")
+_added_product("baddbmm", torch.bmm, "batch1 batch2")
+_added_product("addbmm", lambda a, b: torch.bmm(a, b).sum(0), "batch1 batch2")
 
 
-@rule("einsum", complex=True)
+@jointly("einsum", complex=True)
 def einsum(equation: Any, *operands: Any) -> tuple[Tensor, Jvp]:
     tensors = operands[0] if isinstance(operands[0], (tuple, list)) else operands
-
-    def jvp(_: None, *tangents: Any) -> Any:
-        rows = tangents[0] if isinstance(tangents[0], list) else tangents
-        return product_rule(lambda *ts: torch.einsum(equation, *ts), tensors, rows)
-
-    return torch.einsum(equation, *tensors), jvp
+    y, jvp = product(lambda *ts: torch.einsum(equation, *ts), *tensors)
+    return y, lambda _, *row: jvp(*(row if tensors is operands else row[0]))
 
 
-@rule("tensordot", complex=True)
+@jointly("tensordot", complex=True)
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> tuple[Tensor, Jvp]:
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return torch.tensordot(x, y, dims)
-
-    return product(a, b), lambda da, db, _: product_rule(product, (a, b), (da, db))
+    return product(lambda a, b: torch.tensordot(a, b, dims), a, b)
 
 
 def _convolution_jvp(
     function: Callable[..., Any], x: Tensor, w: Tensor, b: Any, options: Any, tangents: Any
 ) -> tuple[Tensor, list[Any]]:
-    def product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    def convolved(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return function(x, w, b, *options)
 
     def jvp(dx: Any, dw: Any, db: Any, *_: None) -> Any:
         if dw is not None and db is not None:  # the bias costs no pass of its own
-            dy = product(x, dw, db)
-            return dy if dx is None else _accumulate(dy, product(dx, w))
-        dy = product_rule(product, (x, w), (dx, dw))
+            dy = convolved(x, dw, db)
+            return dy if dx is None else dy.add_(convolved(dx, w))
+        dy = product_rule(convolved, (x, w), (dx, dw))
         return add(dy, None if db is None else db.view(-1, *[1] * (w.dim() - 2)))
 
-    return product(x, w, b), evaluate(jvp, tangents)
+    return convolved(x, w, b), evaluate(jvp, tangents)
 
 
 def _convolution(function: Callable[..., Any]) -> None:
@@ -179,16 +165,16 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Tensor, None, Jvp]:
     if max_norm is not None:
         raise Inexact("max_norm rewrites the weight in place; unset max_norm.")
     if scale_grad_by_freq:
         raise Inexact("scale_grad_by_freq has a backward that is not its derivative; unset it.")
     y = F.embedding(input, weight, padding_idx, sparse=sparse)
-    return y, lambda _, dweight, *__: F.embedding(input, dweight)
+    return y, None, lambda dweight: F.embedding(input, dweight)
 
 
-@rule(F.embedding_bag)
+@jointly(F.embedding_bag)
 def embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -223,23 +209,23 @@ def embedding_bag(
         _, _, sizes, chosen = torch.embedding_bag(weight, flat, starts, *options)
         return torch.where(sizes[:, None] == 0, 0, dweight.gather(0, chosen.clamp_min(0)))
 
-    def jvp(_: None, dweight: Tensor | None, *rest: Tensor | None) -> Any:
+    def jvp(*row: Any) -> Any:
         if mode == "max":
-            return largest(dweight)  # type: ignore[arg-type]
-        return product_rule(bags, (weight, per_sample_weights), (dweight, rest[6]))
+            return largest(row[1])
+        return product_rule(bags, (weight, per_sample_weights), (row[1], row[8]))
 
     return bags(weight, per_sample_weights), jvp
 
 
-def _as_laid_out(tangent: Tensor | None, x: Tensor) -> Tensor | None:
-    """The tangent with the strides of x, which the grouped kernels are particular about."""
-    if tangent is None or tangent.stride() == x.stride():
-        return tangent
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(tangent)
+def _as_laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides of `like`, which the grouped kernels are particular about."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _grouped(function: Callable[..., Any]) -> None:
-    @rule(function)
+    @jointly(function)
     def grouped_mm(
         mat_a: Tensor,
         mat_b: Tensor,
@@ -251,14 +237,11 @@ def _grouped(function: Callable[..., Any]) -> None:
         if bias is not None:
             return None  # torch has an argument for it and no kernel
 
-        def product(a: Tensor, b: Tensor) -> Tensor:
+        def grouped(a: Tensor, b: Tensor) -> Tensor:
+            a, b = _as_laid_out(a, mat_a), _as_laid_out(b, mat_b)
             return function(a, b, offs=offs, out_dtype=out_dtype)
 
-        def jvp(da: Tensor | None, db: Tensor | None, *_: None) -> Any:
-            tangents = [_as_laid_out(da, mat_a), _as_laid_out(db, mat_b)]
-            return product_rule(product, (mat_a, mat_b), tangents)
-
-        return product(mat_a, mat_b), jvp
+        return product(grouped, mat_a, mat_b)
 
 
 for _function in functions("_grouped_mm", "grouped_mm"):

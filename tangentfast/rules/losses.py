@@ -85,7 +85,7 @@ def ctc_loss(
     lengths = (targets, input_lengths, target_lengths, blank)
     y = F.ctc_loss(log_probs, *lengths, reduction, zero_infinity)
 
-    def jvp(dx: Tensor, *_: None) -> Tensor:
+    def jvp(dx: Tensor) -> Tensor:
         with torch.enable_grad():
             x = log_probs.detach().requires_grad_()
             total = F.ctc_loss(x, *lengths, "none", zero_infinity).sum()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.ops.layer_norm import layer_norm_jvp, rms_norm_jvp
-from tangentfast.rules.registry import Inexact, Jvp, add, fused, rule
+from tangentfast.ops.layer_norm import NormTangent, layer_norm_jvp, rms_norm_jvp
+from tangentfast.rules.registry import Inexact, Jvp, fused, rule
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, list[Any]]:
-    rows = [row and (row[0], row[2], row[3]) for row in tangents]
+    rows = [row and NormTangent(row[0], row[2], row[3]) for row in tangents]
     return layer_norm_jvp(input, normalized_shape, weight, bias, eps, rows)
 
 
@@ -42,7 +43,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    rows = [row and (row[0], row[2]) for row in tangents]
+    rows = [row and NormTangent(row[0], row[2]) for row in tangents]
     return rms_norm_jvp(input, normalized_shape, weight, eps, rows)
 
 
@@ -50,12 +51,22 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
     return t.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _affine(x_hat: Any, dx_hat: Any, weight: Any, dweight: Any, dbias: Any) -> Any:
-    """d(x̂ w + b); `x_hat` is a function, called only where a weight has a tangent."""
-    dy = dx_hat if dx_hat is None or weight is None else dx_hat * weight
-    if dweight is not None:
-        dy = add(dy, x_hat() * dweight)
-    return add(dy, dbias)
+def _affine(y: Tensor, x_hat: Jvp, normalised: Jvp, weight: Tensor | None) -> tuple[Any, ...]:
+    """y = x̂ w + b and its terms by x, w and b.
+
+    ``x_hat()`` is x̂, computed where it is needed; ``normalised(dx)`` its tangent.
+    """
+
+    def by_input(dx: Tensor) -> Tensor:
+        dx_hat = normalised(dx)
+        return dx_hat if weight is None else dx_hat * _per_channel(weight, y)
+
+    return (
+        y,
+        by_input,
+        lambda dweight: x_hat() * _per_channel(dweight, y),
+        lambda dbias: _per_channel(dbias, y),
+    )
 
 
 @rule("group_norm")
@@ -66,44 +77,72 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Any, ...]:
     y = F.group_norm(input, num_groups, weight, bias, eps)
     n, c = input.shape[:2]
     sizes = (n, c, math.prod(input.shape[2:]), num_groups)
 
-    def jvp(dx: Any, _: None, dweight: Any, dbias: Any, *__: None) -> Tensor:
+    @cache
+    def standardised() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = input.to(y.dtype).contiguous()
-        x_hat, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
-        dx_hat = None
-        if dx is not None:
-            dx = dx.to(y.dtype).contiguous()
-            dx_hat = aten.native_group_norm_backward(
-                dx, x, mean, rstd, None, *sizes, [True, False, False]
-            )[0]
-        channels = [t if t is None else _per_channel(t, input) for t in (weight, dweight, dbias)]
-        return _affine(lambda: x_hat, dx_hat, *channels)
+        return x, *torch.native_group_norm(x, None, None, *sizes, eps)
 
-    return y, jvp
+    def normalised(dx: Tensor) -> Tensor:
+        x, _, mean, rstd = standardised()
+        dx = dx.to(y.dtype).contiguous()
+        return aten.native_group_norm_backward(
+            dx, x, mean, rstd, None, *sizes, [True, False, False]
+        )[0]
+
+    y, by_input, by_weight, by_bias = _affine(y, lambda: standardised()[1], normalised, weight)
+    return y, by_input, None, by_weight, by_bias
 
 
 def _by_own_statistics(
     input: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Any, ...]:
     """Batch norm that keeps no statistics is a fixed function: standardised weights are made so."""
     y = F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
 
-    def jvp(dx: Any, _m: None, _v: None, dweight: Any, dbias: Any, *__: None) -> Tensor:
+    @cache
+    def standardised() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = input.to(y.dtype)
-        x_hat, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, momentum, eps)
-        dx_hat = None
-        if dx is not None:
-            dx_hat = aten.native_batch_norm_backward(
-                dx.to(y.dtype), x, None, None, None, mean, rstd, True, eps, [True, False, False]
-            )[0]
-        channels = [t if t is None else _per_channel(t, input) for t in (weight, dweight, dbias)]
-        return _affine(lambda: x_hat, dx_hat, *channels)
+        return x, *torch.native_batch_norm(x, None, None, None, None, True, momentum, eps)
 
-    return y, jvp
+    def normalised(dx: Tensor) -> Tensor:
+        x, _, mean, rstd = standardised()
+        return aten.native_batch_norm_backward(
+            dx.to(y.dtype), x, None, None, None, mean, rstd, True, eps, [True, False, False]
+        )[0]
+
+    return _affine(y, lambda: standardised()[1], normalised, weight)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, ...]:
+    """y and its terms by input, weight and bias."""
+    if running_mean is None and running_var is None:
+        return _by_own_statistics(input, weight, bias, training, momentum, eps)
+    if training or running_mean is None or running_var is None:
+        raise Inexact(
+            "train-mode batch norm ties the samples of a batch together and moves its "
+            "statistics, so that there is no fixed network to linearize. Put the batch norms in "
+            "eval mode."
+        )
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    mean, scale = (_per_channel(t, input) for t in (running_mean, torch.rsqrt(running_var + eps)))
+    return _affine(y, lambda: (input - mean) * scale, lambda dx: dx * scale, weight)
+
+
+# A statistic with a tangent of its own takes the fallback.
 
 
 @rule(F.batch_norm)
@@ -116,25 +155,11 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> tuple[Tensor, Jvp]:
-    if running_mean is None and running_var is None:
-        return _by_own_statistics(input, weight, bias, training, momentum, eps)
-    if training or running_mean is None or running_var is None:
-        raise Inexact(
-            "train-mode batch norm ties the samples of a batch together and moves its "
-            "statistics, so that there is no fixed network to linearize. Put the batch norms in "
-            "eval mode."
-        )
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    mean, scale = (_per_channel(t, input) for t in (running_mean, torch.rsqrt(running_var + eps)))
-
-    def jvp(dx: Any, _m: None, _v: None, dweight: Any, dbias: Any, *__: None) -> Tensor:
-        channels = [t if t is None else _per_channel(t, input) for t in (weight, dweight, dbias)]
-        dx_hat = None if dx is None else dx * scale
-        return _affine(lambda: (input - mean) * scale, dx_hat, *channels)
-
-    return y, jvp
+) -> tuple[Any, ...]:
+    y, by_input, by_weight, by_bias = _batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    return y, by_input, None, None, by_weight, by_bias
 
 
 @rule(torch.batch_norm)
@@ -148,10 +173,9 @@ def aten_batch_norm(
     momentum: float,
     eps: float,
     cudnn_enabled: bool,
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Any, ...]:
     """The same in the order of ``torch.batch_norm``."""
-    y, jvp = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return y, lambda dx, dweight, dbias, *_: jvp(dx, None, None, dweight, dbias)
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @rule(F.instance_norm)
@@ -164,28 +188,24 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Any, ...]:
     if not use_input_stats:
-        y, jvp = batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return y, lambda *d: jvp(*d)
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None:
         raise Inexact("instance norm that updates running statistics moves; put it in eval mode.")
-    y, jvp = group_norm(input, input.shape[1], weight, bias, eps)
-    return y, lambda dx, _m, _v, dweight, dbias, *__: jvp(dx, None, dweight, dbias)
+    y, by_input, _, *by_others = group_norm(input, input.shape[1], weight, bias, eps)
+    return y, by_input, None, None, *by_others
 
 
 @rule(torch._weight_norm)
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Jvp]:
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Jvp, Jvp]:
     """g v / |v|, the norm over every dimension but `dim`; over all of them where that is -1."""
     length = torch.norm_except_dim(v, 2, dim)
     direction = v / length
 
-    def jvp(dv: Any, dg: Any, _: None) -> Tensor | None:
-        turned = None
-        if dv is not None:
-            others = [i for i in range(v.dim()) if i != dim]
-            along = (dv * direction).sum(others, keepdim=True)
-            turned = (dv - along * direction) * (g / length)
-        return add(turned, None if dg is None else dg * direction)
+    def turned(dv: Tensor) -> Tensor:
+        others = [i for i in range(v.dim()) if i != dim]
+        along = (dv * direction).sum(others, keepdim=True)
+        return (dv - along * direction) * (g / length)
 
-    return torch._weight_norm(v, g, dim), jvp
+    return torch._weight_norm(v, g, dim), turned, lambda dg: dg * direction

@@ -62,4 +62,4 @@ def rrelu(
     slopes = torch.empty_like(input)
     options = (lower, upper, training)
     y = aten.rrelu_with_noise(input, slopes, *options)
-    return y, lambda dx, *_: aten.rrelu_with_noise_backward(dx, input, slopes, *options, False)
+    return y, lambda dx: aten.rrelu_with_noise_backward(dx, input, slopes, *options, False)

@@ -16,11 +16,11 @@ aten = torch.ops.aten
 
 def _softmax_jvp(y: Tensor, dim: int) -> Jvp:
     """The Jacobian diag(y) - y yᵀ is symmetric: torch's backward kernel is the JVP."""
-    return lambda dx, *_: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
+    return lambda dx: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
 
 
 def _log_softmax_jvp(y: Tensor, dim: int) -> Jvp:
-    def jvp(dx: Tensor, *_: None) -> Tensor:
+    def jvp(dx: Tensor) -> Tensor:
         dx = dx.to(y.dtype)
         return dx - (dx * y.exp()).sum(dim, keepdim=True)
 
@@ -28,23 +28,14 @@ def _log_softmax_jvp(y: Tensor, dim: int) -> Jvp:
 
 
 def _normalising(function: Callable[..., Any], jvp_of: Callable[[Tensor, int], Jvp]) -> None:
-    def normalise(
-        input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Jvp] | None:
+    stack = "_stacklevel=3 " if function in (F.softmax, F.log_softmax) else ""
+
+    @rule(function, parameters=f"input dim=None {stack}dtype=None")
+    def normalise(input: Tensor, dim: int | None, *rest: Any) -> tuple[Tensor, Jvp] | None:
         if dim is None:
             return None
-        y = function(input, dim=dim, dtype=dtype)
+        y = function(input, dim=dim, dtype=rest[-1])
         return y, jvp_of(y, dim)
-
-    def functional(
-        input: Tensor,
-        dim: int | None = None,
-        _stacklevel: int = 3,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Jvp] | None:
-        return normalise(input, dim, dtype)
-
-    rule(function)(functional if function in (F.softmax, F.log_softmax) else normalise)
 
 
 for _function in functions("softmax"):
@@ -57,7 +48,7 @@ for _function in functions("log_softmax"):
 def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> tuple[Tensor, Jvp]:
     y = torch.logsumexp(input, dim, keepdim=True)
 
-    def jvp(dx: Tensor, *_: None) -> Tensor:
+    def jvp(dx: Tensor) -> Tensor:
         dy = (dx * (input - y).exp()).sum(dim, keepdim=True)
         return dy if keepdim else dy.squeeze(dim)
 
@@ -65,11 +56,12 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> tuple[Tensor, J
 
 
 def _selected(function: Callable[..., Any]) -> None:
-    """Functions that return (values, indices) of entries of x along dim; indices have no "
-    "tangent."""
+    """Functions that return (values, indices) of entries of x along dim; indices have no
+    tangent.
+    """
 
     def pair(y: Any, input: Tensor, dim: int, keepdim: bool) -> tuple[Any, Jvp]:
-        def jvp(dx: Tensor, *_: None) -> list[Tensor | None]:
+        def jvp(dx: Tensor) -> list[Tensor | None]:
             index = y[1] if keepdim else y[1].unsqueeze(dim)
             dy = torch.gather(dx, dim, index)
             return [dy if keepdim else dy.squeeze(dim), None]
@@ -98,7 +90,7 @@ def _selected(function: Callable[..., Any]) -> None:
             if dim is None:
                 y = function(input)
 
-                def share(dx: Tensor, *_: None) -> Tensor:
+                def share(dx: Tensor) -> Tensor:
                     chosen = (input == y).to(dx.dtype)
                     return (dx * chosen).sum() / chosen.sum()
 
@@ -127,7 +119,7 @@ def _max_pool(name: str, with_indices: Callable[..., Any], spatial: int) -> None
             return None
         y, chosen = with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
 
-        def jvp(dx: Tensor, *_: None) -> Tensor:
+        def jvp(dx: Tensor) -> Tensor:
             picked = dx.flatten(-spatial).gather(-1, chosen.flatten(-spatial))
             return picked.view(y.shape)
 
@@ -146,7 +138,7 @@ def _extreme(function: Callable[..., Any]) -> None:
     def extreme(input: Tensor, dim: Any = (), keepdim: bool = False) -> tuple[Tensor, Jvp]:
         y = function(input, dim, keepdim=True)
 
-        def jvp(dx: Tensor, *_: None) -> Tensor:
+        def jvp(dx: Tensor) -> Tensor:
             chosen = (input == y).to(dx.dtype)
             dims = dim if dim != () else tuple(range(input.dim()))
             dy = (dx * chosen).sum(dims, keepdim=True) / chosen.sum(dims, keepdim=True)
@@ -168,7 +160,7 @@ def var(
     dims = tuple(range(input.dim())) if dim is None else dim
     y = torch.var(input, dims, correction=int(unbiased), keepdim=keepdim)
 
-    def jvp(dx: Tensor, *_: None) -> Tensor:
+    def jvp(dx: Tensor) -> Tensor:
         centred = input - input.mean(dims, keepdim=True)
         count = centred.numel() // max(y.numel(), 1)
         return (dx * centred).sum(dims, keepdim=keepdim) * 2 / max(count - int(unbiased), 0)
@@ -183,14 +175,14 @@ def std(
     variance, slope = var(input, dim, unbiased, keepdim)
     y = variance.sqrt()
     # at a spread of zero 0, as autograd has it
-    return y, lambda dx, *_: torch.where(y == 0, 0, slope(dx) / (2 * y))
+    return y, lambda dx: torch.where(y == 0, 0, slope(dx) / (2 * y))
 
 
 def _two_norm(input: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, Jvp]:
     dims = tuple(range(input.dim())) if dim is None else dim
     y = torch.linalg.vector_norm(input, 2, dims, keepdim=keepdim)
 
-    def jvp(dx: Tensor, *_: None) -> Tensor:
+    def jvp(dx: Tensor) -> Tensor:
         inner = (dx * input).sum(dims, keepdim=keepdim)
         return torch.where(y == 0, 0, inner / y)  # the subgradient 0 that autograd takes
 
@@ -225,7 +217,7 @@ def normalize(
     length = torch.linalg.vector_norm(input, 2, dim, keepdim=True)
     y = input / length.clamp_min(eps)
 
-    def jvp(dx: Tensor, *_: None) -> Tensor:
+    def jvp(dx: Tensor) -> Tensor:
         scaled = dx / length.clamp_min(eps)
         along = (scaled * y).sum(dim, keepdim=True)
         return scaled - torch.where(length < eps, 0, along) * y

@@ -1,13 +1,16 @@
 """The table that maps a torch function to its rule, and the few shapes a rule can have.
 
-A rule is ``apply(args, dargs) -> (y, dys)``: `args` are the function's own positional arguments
-with every dual number replaced by its primal; `dargs` holds, for each of the K tangents, the list
-of tangents in the same positions (None where an argument has none), or None where no argument has
-one; `dys` are the K tangents of `y`, each None or a tensor (or sequence) like `y`. A rule that
-computes everything in one pass over memory is written in that form. All others are written as
-``forward(*args) -> (y, jvp)``, where `y` carries its ordinary autograd graph and ``jvp(*dargs)``
-gives one tangent. Either may return None for a call it was not written for; the fallback takes
-that.
+y = f(x_1, …, x_n) has the tangent dy = Σ_i (∂f/∂x_i) dx_i, the sum over the arguments that have
+one. So a rule is ``forward(*args) -> (y, jvp_1, …)``, where `y` carries its ordinary autograd graph
+and ``jvp_i(dx_i)`` is the term of the i-th argument: it is called only where that argument has a
+tangent, and the terms are added up here. Three other forms are for speed and for structure:
+
+- `jointly`: ``forward(*args) -> (y, jvp)`` with ``jvp(*dargs)``, where the terms are computed
+  together; None stands for an argument without a tangent.
+- `fused`: ``body(rows, *args) -> (y, dys)``, all K tangents in one pass over memory.
+- `linear_in_first`, `jointly_linear`, `constant`, `composite`: what needs no formula at all.
+
+A rule returns None for a call it was not written for; the fallback takes that.
 
 After HIPS/autograd's ``numpy_jvps.py`` and JAX's ``ad.py``: structure before formulas.
 """
@@ -15,16 +18,20 @@ After HIPS/autograd's ``numpy_jvps.py`` and JAX's ``ad.py``: structure before fo
 from __future__ import annotations
 
 import inspect
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from tangentfast._torch import set_grad_enabled
 
 Jvp = Callable[..., Any]
+Target = Callable[..., Any] | str  # a function, or the name of all functions that are called so
+Row = Sequence[Any] | None  # one tangent for each argument; None where none of them has one
 
 
 class Inexact(RuntimeError):
@@ -34,158 +41,105 @@ class Inexact(RuntimeError):
 class Rule:
     """How one function acts on dual numbers.
 
+    `apply`: ``(args, rows) -> (y, dys)`` or None, for the kinds `rule` and `fused`: `args` are the
+    function's own positional arguments with every dual number replaced by its primal, `rows` holds
+    K rows of tangents, `dys` the K tangents of `y`, each None or a tensor (or sequence) like `y`.
+
     `complex`: whether it holds for complex numbers too, the derivative being that of real and
     imaginary parts (``torch.func.jvp``'s); a call with complex numbers falls back where it does
     not. A formula that was written for real numbers has to be looked at before it says so: a square
     there may be a product with the conjugate.
+
+    `parameters`: those that take an argument by position or name; none for a rule that takes its
+    arguments by position.
     """
 
-    __slots__ = ("apply", "complex", "defaults", "inplace", "keywords", "kind", "parameters")
+    __slots__ = ("apply", "complex", "defaults", "inplace", "keywords", "kind", "names", "required")
 
     def __init__(
         self,
         apply: Callable[..., Any],
-        signature: Callable[..., Any] | None,
         kind: str,
-        complex: bool | None = None,
+        complex: bool = True,
+        parameters: Sequence[inspect.Parameter] = (),
     ):
-        self.apply = apply
-        self.kind = kind
-        self.complex = kind not in ("rule", "fused") if complex is None else complex
-        self.parameters: tuple[str, ...] = ()
-        self.defaults: tuple[Any, ...] = ()
-        self.keywords = False  # takes any, and needs none of them
-        if signature is not None:
-            found = list(inspect.signature(signature).parameters.values())
-            self.keywords = any(p.kind is p.VAR_KEYWORD for p in found)
-            named = [p for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
-            if any(p.kind is p.VAR_POSITIONAL for p in found):
-                named = []  # by position only
-            self.parameters = tuple(p.name for p in named)
-            self.defaults = tuple(p.default for p in named)
-        self.inplace = self.parameters.index("inplace") if "inplace" in self.parameters else -1
+        self.apply, self.kind, self.complex = apply, kind, complex
+        self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)  # any, and needs none
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            parameters = ()
+        self.names = tuple(p.name for p in parameters)
+        self.defaults = tuple(p.default for p in parameters)
+        self.required = sum(default is inspect.Parameter.empty for default in self.defaults)
+        self.inplace = self.names.index("inplace") if "inplace" in self.names else -1
 
-    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any] | None:
         """All arguments by position; None for a call that the rule was not written for."""
-        if self.parameters and len(args) > len(self.parameters):
+        if not self.names:
+            return args if self.keywords or not kwargs else None
+        given = len(args)
+        if given > len(self.names):
             return None
-        bound = list(args)
-        if self.keywords:
-            return bound
         if not kwargs:
-            return bound + list(self.defaults[len(args) :])
-        rest = dict(kwargs)
-        for i in range(len(args), len(self.parameters)):
-            if self.parameters[i] not in rest and i >= len(self.defaults):
-                break  # a required argument of another name
-            bound.append(rest.pop(self.parameters[i], self.defaults[i] if self.defaults else None))
+            return (*args, *self.defaults[given:]) if given >= self.required else None
+        rest, bound = dict(kwargs), list(args)
+        for i in range(given, len(self.names)):
+            if self.names[i] in rest:
+                bound.append(rest.pop(self.names[i]))
+            elif i >= self.required:
+                bound.append(self.defaults[i])
+            else:
+                return None
         return None if any(value is not None for value in rest.values()) else bound
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
+# Writes in place that are no function of torch without the underscore, by name: their rules give
+# the K tangents of what was written, and nothing else.
+WRITES: dict[str, Rule] = {}
 
 
 def functions(*names: str) -> list[Callable[..., Any]]:
     """Every public function of these names: ``torch.f``, ``Tensor.f``, ``nn.functional.f``."""
-    rooms = (torch, Tensor, F, torch.special, torch._C._nn)
-    found = [
-        getattr(room, name)
+    places = (torch, Tensor, F, torch.special, torch._C._nn)
+    named = [
+        getattr(place, name)
         for name in names
-        for room in ((Tensor,) if name.startswith("__") else rooms)
-        if hasattr(room, name)
+        for place in ((Tensor,) if name.startswith("__") else places)
+        if hasattr(place, name)
     ]
-    return list(dict.fromkeys(f for f in found if callable(f)))  # not torch.float, torch.cuda
+    return list(dict.fromkeys(f for f in named if callable(f)))  # not torch.float, torch.cuda
 
 
-def _register(targets: Iterable[Callable[..., Any] | str], rule: Rule) -> None:
-    for target in targets:
-        for function in functions(target) if isinstance(target, str) else [target]:
-            RULES[function] = rule
+def each(targets: Iterable[Target]) -> list[Callable[..., Any]]:
+    """The functions that are meant by names and functions."""
+    return [f for t in targets for f in (functions(t) if isinstance(t, str) else [t])]
 
 
-def evaluate(jvp: Jvp, dargs: Sequence[Sequence[Any] | None]) -> list[Any]:
-    """One tangent for each entry of `dargs`, without a graph; None where nothing has a tangent."""
-    recording = torch.is_grad_enabled()
+def _parameters(of: Callable[..., Any] | str) -> list[inspect.Parameter]:
+    """Those of a Python function, or of a text: ``"input src dim=0"``."""
+    if not isinstance(of, str):
+        return list(inspect.signature(of).parameters.values())
+    parts = [part.partition("=") for part in of.split()]
+    kind, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    return [
+        inspect.Parameter(name, kind, default=literal_eval(default) if default else required)
+        for name, _, default in parts
+    ]
+
+
+def _register(targets: Iterable[Target], rule: Rule) -> None:
+    for function in each(targets):
+        RULES[function] = rule
+
+
+def evaluate(jvp: Jvp, rows: Sequence[Row]) -> list[Any]:
+    """One tangent for each row, without a graph; None where nothing has a tangent."""
+    recording = is_grad_enabled()
     set_grad_enabled(False)
     try:
-        return [None if d is None else jvp(*d) for d in dargs]
+        return [None if row is None else jvp(*row) for row in rows]
     finally:
         set_grad_enabled(recording)
-
-
-def rule(
-    *targets: Callable[..., Any] | str, complex: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register ``forward(*args) -> (y, jvp)``; its parameter names are those of the function."""
-
-    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def apply(
-            args: Sequence[Any], dargs: Sequence[Sequence[Any] | None]
-        ) -> tuple[Any, list[Any]] | None:
-            found = forward(*args)
-            return None if found is None else (found[0], evaluate(found[1], dargs))
-
-        _register(targets, Rule(apply, forward, "rule", complex))
-        return forward
-
-    return decorate
-
-
-def fused(
-    *targets: Callable[..., Any] | str, complex: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register ``body(tangents, *args) -> (y, dys)``, which gets all K rows of tangents at once."""
-
-    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        rule = Rule(lambda args, dargs: body(dargs, *args), body, "fused", complex)
-        rule.parameters, rule.defaults = rule.parameters[1:], rule.defaults[1:]
-        rule.inplace -= rule.inplace >= 0
-        _register(targets, rule)
-        return body
-
-    return decorate
-
-
-def composite(*targets: Callable[..., Any] | str) -> Callable[[Any], Any]:
-    """Register a function of dual numbers that is written in terms of functions that have rules."""
-
-    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        _register(targets, Rule(body, body, "composite"))
-        return body
-
-    return decorate
-
-
-def linear_in_first(*targets: Callable[..., Any] | str) -> None:
-    """Functions linear in their first argument are their own JVP; the other arguments are
-    constants.
-    """
-    for target in targets:
-        for function in functions(target) if isinstance(target, str) else [target]:
-            RULES[function] = Rule(function, None, "linear")
-
-
-def constant(*targets: Callable[..., Any] | str, complex: bool = True) -> None:
-    """Functions whose derivative is zero wherever it exists; their result has no tangent."""
-    for target in targets:
-        for function in functions(target) if isinstance(target, str) else [target]:
-            RULES[function] = Rule(function, None, "constant", complex)
-
-
-def metadata(*targets: Callable[..., Any] | str) -> None:
-    """Functions that ask for shape, dtype, device, hooks or autograd state; the primal answers."""
-    for target in targets:
-        for function in functions(target) if isinstance(target, str) else [target]:
-            RULES[function] = Rule(function, None, "metadata")
-
-
-def forbidden(reason: str, *targets: Callable[..., Any] | str) -> None:
-    """Functions that would lose the tangent without a word; `reason` says why and what to do."""
-
-    def refuse() -> str:
-        return reason
-
-    _register(targets, Rule(refuse, None, "forbidden"))
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -193,3 +147,164 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None:
         return b
     return a if b is None else a + b
+
+
+def zero(_: Any) -> None:
+    """The term of an argument that y does not move with."""
+
+
+class _Uncovered(Exception):
+    """An argument has a tangent and the rule no term for it."""
+
+
+def _sum(jvps: Sequence[Jvp | None], *row: Any) -> Tensor | None:
+    dy = None
+    for i, dx in enumerate(row):
+        if dx is not None:
+            jvp = jvps[i] if i < len(jvps) else None
+            if jvp is None:
+                raise _Uncovered
+            dy = jvp(dx) if dy is None else add(dy, jvp(dx))
+    return dy
+
+
+def terms(*jvps: Jvp | None) -> Jvp:
+    """Σ_i jvps[i](dx_i) over the arguments that have a tangent."""
+    return partial(_sum, jvps)
+
+
+def _by_terms(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(args: Sequence[Any], rows: Sequence[Row]) -> tuple[Any, list[Any]] | None:
+        answer = forward(*args)
+        if answer is None:
+            return None
+        try:
+            return answer[0], evaluate(partial(_sum, answer[1:]), rows)
+        except _Uncovered:
+            return None
+
+    return apply
+
+
+def rule(
+    *targets: Target, complex: bool = False, parameters: str = ""
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``forward(*args) -> (y, jvp_1, …)``.
+
+    Its parameters have torch's names and defaults, or `parameters` says them: ``"input dim=-1"``.
+    Where there is no `jvp_i`, or None, no derivative is known here: a call that gives the argument
+    a tangent falls back.
+    """
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        _register(
+            targets, Rule(_by_terms(forward), "rule", complex, _parameters(parameters or forward))
+        )
+        return forward
+
+    return decorate
+
+
+def jointly(
+    *targets: Target, complex: bool = False, parameters: str = ""
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``forward(*args) -> (y, jvp)`` with ``jvp(*dargs)``, a tangent or None each."""
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(args: Sequence[Any], rows: Sequence[Row]) -> tuple[Any, list[Any]] | None:
+            answer = forward(*args)
+            return None if answer is None else (answer[0], evaluate(answer[1], rows))
+
+        _register(targets, Rule(apply, "rule", complex, _parameters(parameters or forward)))
+        return forward
+
+    return decorate
+
+
+def fused(
+    *targets: Target, complex: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``body(rows, *args) -> (y, dys)``, which gets all K rows of tangents at once."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(args: Sequence[Any], rows: Sequence[Row]) -> Any:
+            return body(rows, *args)
+
+        _register(targets, Rule(apply, "fused", complex, _parameters(body)[1:]))
+        return body
+
+    return decorate
+
+
+def write(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``forward(*args) -> jvp`` for writes in place, by their names; see `WRITES`."""
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(args: Sequence[Any], rows: Sequence[Row]) -> list[Any]:
+            return evaluate(forward(*args), rows)
+
+        WRITES.update(dict.fromkeys(names, Rule(apply, "rule", True, _parameters(forward))))
+        return forward
+
+    return decorate
+
+
+def composite(*targets: Target) -> Callable[[Any], Any]:
+    """Register a function of dual numbers that is written in terms of functions that have rules."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        _register(targets, Rule(body, "composite", True, _parameters(body)))
+        return body
+
+    return decorate
+
+
+def linear_in_first(*targets: Target) -> None:
+    """Functions linear in their first argument are their own JVP; the others are constants."""
+    for function in each(targets):
+        RULES[function] = Rule(function, "linear")
+
+
+def jointly_linear(parameters: str, at: tuple[int, ...], *targets: Target) -> None:
+    """Functions linear in the arguments at these places together: their own JVP.
+
+    A tangent that is missing is a zero that takes no memory.
+    """
+    for function in each(targets):
+
+        def forward(*args: Any, f: Callable[..., Any] = function) -> tuple[Any, Jvp]:
+            def jvp(*row: Any) -> Any:
+                moved = list(args)
+                for i in at:
+                    moved[i] = filled(row[i], args[i])
+                return f(*moved)
+
+            return f(*args), jvp
+
+        jointly(function, complex=True, parameters=parameters)(forward)
+
+
+def filled(dx: Any, x: Any) -> Any:
+    """A tangent of x in full: zeros that take no memory in place of None."""
+    if isinstance(x, (tuple, list)):
+        return [filled(d, e) for d, e in zip(dx or [None] * len(x), x, strict=True)]
+    if dx is not None:
+        return dx
+    return x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else 0
+
+
+def constant(*targets: Target, complex: bool = True) -> None:
+    """Functions whose derivative is zero wherever it exists; their result has no tangent."""
+    for function in each(targets):
+        RULES[function] = Rule(function, "constant", complex)
+
+
+def metadata(*targets: Target) -> None:
+    """Functions that ask for shape, dtype, device, hooks or autograd state; the primal answers."""
+    for function in each(targets):
+        RULES[function] = Rule(function, "metadata")
+
+
+def forbidden(reason: str, *targets: Target) -> None:
+    """Functions that would lose the tangent without a word; `reason` says why and what to do."""
+    _register(targets, Rule(lambda: reason, "forbidden"))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.rules.registry import Jvp, add, rule
+from tangentfast.rules.registry import Jvp, rule
 
 MODES = {"bilinear": 0, "nearest": 1, "bicubic": 2}
 PADDING = {"zeros": 0, "border": 1, "reflection": 2}
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
-) -> tuple[Tensor, Jvp]:
+) -> tuple[Tensor, Jvp, Jvp]:
     """input [N, C, *image], grid [N, *points, 2 or 3], y [N, C, *points]."""
     options = (interpolation_mode, padding_mode, align_corners)
     y = torch.grid_sampler(input, grid, *options)
@@ -31,13 +31,7 @@ def grid_sampler(
             slopes.append(_slopes(input.to(y.dtype), grid.to(y.dtype), options))
         return (slopes[0] * dgrid.unsqueeze(1)).sum(-1)
 
-    def jvp(dinput: Tensor | None, dgrid: Tensor | None, *_: None) -> Tensor | None:
-        return add(
-            None if dinput is None else torch.grid_sampler(dinput, grid, *options),
-            None if dgrid is None else moved(dgrid),
-        )
-
-    return y, jvp
+    return y, lambda dinput: torch.grid_sampler(dinput, grid, *options), moved
 
 
 def _slopes(input: Tensor, grid: Tensor, options: tuple[int, int, bool]) -> Tensor:
@@ -57,7 +51,7 @@ def grid_sample(
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool | None = None,
-) -> tuple[Tensor, Jvp] | None:
+) -> tuple[Tensor, Jvp, Jvp] | None:
     if mode not in MODES or padding_mode not in PADDING:
         return None  # torch has an error for it
     return grid_sampler(input, grid, MODES[mode], PADDING[padding_mode], bool(align_corners))

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.inplace import FORMS
 from tangentfast.rules.registry import (
-    RULES,
     Inexact,
     Jvp,
-    Rule,
-    evaluate,
+    filled,
     functions,
+    jointly,
+    jointly_linear,
     linear_in_first,
     rule,
+    terms,
+    write,
+    zero,
 )
 
 # Linear in the first argument, everything else a constant: the function is its own JVP.
@@ -46,64 +48,56 @@ def view(x: Tensor, *shape: Any) -> tuple[Tensor, Jvp] | None:
     if isinstance(shape[0], torch.dtype):  # the same bits read as other numbers
         return None
     y = x.view(*shape)
-    return y, lambda dx, *_: dx.reshape(y.shape)  # a tangent may have other strides
+    return y, lambda dx: dx.reshape(y.shape)  # a tangent may have other strides
+
+
+# Linear in several arguments together.
+jointly_linear("tensors dim=0", (0,), "cat", "concat", "concatenate", "stack")
+jointly_linear("tensors", (0,), "hstack", "vstack", "dstack")
+jointly_linear("condition input other", (1, 2), torch.where)
+jointly_linear("self condition other", (0, 2), Tensor.where)
+jointly_linear("input mask value", (0, 2), "masked_fill")
+jointly_linear("input dim index src", (0, 3), "scatter", "scatter_add", "index_copy")
+jointly_linear("input dim index source", (0, 3), "index_add")
+jointly_linear("input dim index value", (0, 3), "index_fill")
+jointly_linear("input indices values", (0, 2), "index_put")
+jointly_linear("input mask source", (0, 2), "masked_scatter")
+jointly_linear("input src dim index", (0, 1), "select_scatter")
+jointly_linear("input src dim=0 start=None end=None step=1", (0, 1), "slice_scatter")
+jointly_linear("input src offset=0 dim1=0 dim2=1", (0, 1), "diagonal_scatter")
 
 
 def _shaped_like(function: Callable[..., Any]) -> None:
     """f(x, other) takes shape or dtype, and nothing else, from `other`."""
 
     @rule(function, complex=True)
-    def like(x: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
-        return function(x, other), lambda dx, _: None if dx is None else function(dx, other)
+    def like(x: Tensor, other: Tensor) -> tuple[Tensor, Jvp, Jvp]:
+        return function(x, other), lambda dx: function(dx, other), zero
 
 
 for _function in functions("view_as", "expand_as", "reshape_as", "type_as"):
     _shaped_like(_function)
 
 
-def _joined(function: Callable[..., Any]) -> None:
-    """Linear in a list of tensors; a missing tangent is a zero that takes no memory."""
+def _one_by_one(function: Callable[..., Any]) -> None:
+    """Each of several tensors, or the only one, in another shape."""
 
-    @rule(function, complex=True)
-    def join(tensors: Sequence[Tensor], dim: int | None = None) -> tuple[Tensor, Jvp]:
-        options = {} if dim is None else {"dim": dim}
+    @jointly(function, complex=True)
+    def reshaped(*tensors: Tensor) -> tuple[Any, Jvp] | None:
+        if not isinstance(tensors[0], Tensor):  # a list of them
+            return None
 
-        def jvp(dtensors: Sequence[Tensor | None], _: None = None) -> Tensor:
-            filled = [
-                x.new_zeros(()).expand(x.shape) if dx is None else dx
-                for x, dx in zip(tensors, dtensors, strict=True)
-            ]
-            return function(filled, **options)
+        def jvp(*row: Tensor | None) -> Any:
+            dys = function(*map(filled, row, tensors))
+            if isinstance(dys, Tensor):
+                return dys
+            return [None if dx is None else dy for dx, dy in zip(row, dys, strict=True)]
 
-        return function(tensors, **options), jvp
-
-
-for _function in functions("cat", "concat", "concatenate", "stack"):
-    _joined(_function)
-for _function in functions("hstack", "vstack", "dstack"):
-    _joined(_function)
+        return function(*tensors), jvp
 
 
-@rule("broadcast_tensors", complex=True)
-def broadcast_tensors(*tensors: Tensor) -> tuple[Any, Jvp]:
-    ys = torch.broadcast_tensors(*tensors)
-    shape = ys[0].shape
-    return ys, lambda *d: [None if dx is None else dx.expand(shape) for dx in d]
-
-
-def _at_least(function: Callable[..., Any]) -> None:
-    @rule(function, complex=True)
-    def at_least(*tensors: Tensor) -> tuple[Any, Jvp]:
-        def jvp(*d: Tensor | None) -> Any:
-            ys = [None if dx is None else function(dx) for dx in d]
-            return ys if isinstance(y, (tuple, list)) else ys[0]
-
-        y = function(*tensors)
-        return y, jvp
-
-
-for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d):
-    _at_least(_function)
+for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors):
+    _one_by_one(_function)
 
 
 @rule("pad", "constant_pad_nd", complex=True)
@@ -114,72 +108,7 @@ def pad(
         mode, value = "constant", mode
     if isinstance(value, complex):
         return None  # which F.pad does not take
-    return F.pad(input, pad, mode, value), lambda dx, *_: F.pad(dx, pad, mode)
-
-
-@rule("where", complex=True)
-def where(condition: Tensor, input: Any = None, other: Any = None) -> tuple[Tensor, Jvp]:
-    def jvp(_: None, dx: Tensor | None, dother: Tensor | None) -> Tensor:
-        zero = (dx if dother is None else dother).new_zeros(())  # type: ignore[union-attr]
-        return torch.where(
-            condition, zero if dx is None else dx, zero if dother is None else dother
-        )
-
-    return torch.where(condition, input, other), jvp
-
-
-@rule(Tensor.where, complex=True)
-def where_method(self: Tensor, condition: Tensor, other: Any) -> tuple[Tensor, Jvp]:
-    y, jvp = where(condition, self, other)
-    return y, lambda dx, _, dother: jvp(None, dx, dother)
-
-
-@rule("masked_fill", complex=True)
-def masked_fill(input: Tensor, mask: Tensor, value: Any) -> tuple[Tensor, Jvp]:
-    def jvp(dx: Tensor | None, _: None, dvalue: Tensor | None) -> Tensor:
-        if dx is None:
-            dx = torch.zeros_like(input)
-        return dx.masked_fill(mask, 0 if dvalue is None else dvalue)
-
-    return torch.masked_fill(input, mask, value), jvp
-
-
-def _zeros(dx: Tensor | None, x: Tensor) -> Tensor:
-    return torch.zeros_like(x) if dx is None else dx
-
-
-def _jointly_linear(
-    names: Sequence[str], parameters: str, source: int, defaults: tuple[Any, ...] = ()
-) -> None:
-    """Linear in the tensor written to (the first) and in the one at `source`, together."""
-    for function in functions(*names):
-
-        def apply(
-            args: Sequence[Any], dargs: Any, f: Callable[..., Any] = function
-        ) -> tuple[Any, list[Any]]:
-            x, src = args[0], args[source]
-
-            def jvp(*d: Any) -> Tensor:
-                out = list(args)
-                out[0] = _zeros(d[0], x)
-                out[source] = _zeros(d[source], src) if isinstance(src, Tensor) else 0
-                return f(*out)
-
-            return f(*args), evaluate(jvp, dargs)
-
-        RULES[function] = Rule(apply, None, "rule", complex=True)
-        RULES[function].parameters = tuple(parameters.split())
-        RULES[function].defaults = defaults and (None, None, *defaults)
-
-
-_jointly_linear(["scatter", "scatter_add", "index_copy"], "input dim index src", 3)
-_jointly_linear(["index_add"], "input dim index source", 3)
-_jointly_linear(["index_fill"], "input dim index value", 3)
-_jointly_linear(["index_put"], "input indices values", 2)
-_jointly_linear(["masked_scatter"], "input mask source", 2)
-_jointly_linear(["select_scatter"], "input src dim index", 1)
-_jointly_linear(["slice_scatter"], "input src dim start end step", 1, (0, None, None, 1))
-_jointly_linear(["diagonal_scatter"], "input src offset dim1 dim2", 1, (0, 0, 1))
+    return F.pad(input, pad, mode, value), lambda dx: F.pad(dx, pad, mode)
 
 
 def _as_strided(function: Callable[..., Any]) -> None:
@@ -192,7 +121,7 @@ def _as_strided(function: Callable[..., Any]) -> None:
         if not dense or start < 0 or start + _span(size, stride) > input.numel():
             raise Inexact("it reads memory outside of its argument; index that instead.")
 
-        def jvp(dx: Tensor, *_: None) -> Tensor:
+        def jvp(dx: Tensor) -> Tensor:
             memory = torch.empty_strided(
                 input.shape, input.stride(), dtype=dx.dtype, device=dx.device
             )
@@ -212,7 +141,7 @@ for _function in functions("as_strided", "as_strided_copy"):
     _as_strided(_function)
 
 
-@rule("as_strided_scatter", complex=True)
+@jointly("as_strided_scatter", complex=True)
 def as_strided_scatter(
     input: Tensor,
     src: Tensor,
@@ -224,46 +153,39 @@ def as_strided_scatter(
         return None
 
     def jvp(dx: Tensor | None, dsrc: Tensor | None, *_: None) -> Tensor:
-        dx, dsrc = _zeros(dx, input).contiguous(), _zeros(dsrc, src)
+        dx, dsrc = filled(dx, input).contiguous(), filled(dsrc, src)
         return torch.as_strided_scatter(dx, dsrc, size, stride, storage_offset)
 
     return torch.as_strided_scatter(input, src, size, stride, storage_offset), jvp
 
 
-# The functional forms of writes are called for their tangents; their y is what was there,
-# unaliased.
+# Writes in place that have no functional form in torch.
 
 
-@rule(FORMS["__setitem__"], complex=True)
-def assign(x: Tensor, index: Any, value: Any) -> tuple[Tensor, Jvp]:
-    def written(into: Tensor, values: Any) -> Tensor:
-        into = into.clone()
-        into[index] = values
-        return into
-
+@write("__setitem__")
+def assign(x: Tensor, index: Any, value: Any) -> Jvp:
     def jvp(dx: Tensor | None, _: Any, dvalue: Tensor | None) -> Tensor:
-        return written(_zeros(dx, x), 0 if dvalue is None else dvalue.to(x.dtype))
+        dy = filled(dx, x).clone()
+        dy[index] = 0 if dvalue is None else dvalue.to(x.dtype)
+        return dy
 
-    return x.detach(), jvp
-
-
-@rule(FORMS["copy_"], complex=True)
-def overwrite(x: Tensor, src: Tensor, non_blocking: bool = False) -> tuple[Tensor, Jvp]:
-    def jvp(_: Tensor | None, dsrc: Tensor | None, __: None) -> Tensor | None:
-        return None if dsrc is None else dsrc.to(x.device, x.dtype).expand(x.shape)
-
-    return x.detach(), jvp
+    return jvp
 
 
-@rule(FORMS["fill_"], complex=True)
-def fill(x: Tensor, value: Any) -> tuple[Tensor, Jvp]:
-    return (
-        x.detach(),
-        lambda _, dvalue: None if dvalue is None else dvalue.to(x.dtype).expand(x.shape),
-    )
+@write("copy_")
+def overwrite(x: Tensor, src: Tensor, non_blocking: bool = False) -> Jvp:
+    return terms(zero, lambda dsrc: dsrc.to(x.device, x.dtype).expand(x.shape))
 
 
-@rule(FORMS["zero_"], complex=True)
-def forget(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Jvp]:
+@write("fill_")
+def fill(x: Tensor, value: Any) -> Jvp:
+    return terms(zero, lambda dvalue: dvalue.to(x.dtype).expand(x.shape))
+
+
+@write(
+    *("zero_", "uniform_", "normal_", "bernoulli_", "random_"),
+    *("exponential_", "geometric_", "cauchy_", "log_normal_"),
+)
+def forget(x: Tensor, *args: Any, **options: Any) -> Jvp:
     """What is written has no derivative, whatever the options (``generator=``) of a random fill."""
-    return x.detach(), lambda *_: None
+    return lambda *_: None

@@ -63,8 +63,8 @@ def linear_jvp(
         weight: [E, D] or [D]; bias: [E], [] or None.
         tangents: K of them, each tensor shaped like its primal.
         backend: ``"native"``, ``"triton"``, ``"reference"`` or None (see `ops.backend`).
-        narrow: to round the operands of the tangents' products to bfloat16: each product then has
-            a relative error of up to 2^-8 a term. y and its gradients know nothing of it.
+        narrow: to round the operands of the tangents' products from float32 to bfloat16, by up to
+            2^-8 of each. y and its gradients know nothing of it.
 
     Returns:
         y [..., E], with its ordinary graph, and K tangents of y, without one.
