@@ -12,8 +12,7 @@ from tangentfast._torch import version
 from tangentfast.dual import Dual, name_of, rebuild
 from tangentfast.graph import origins
 from tangentfast.passes import Pass
-
-Row = Sequence[Any] | None  # one tangent for each argument; None where none of them has one
+from tangentfast.rules.registry import Row
 
 # Types of arguments that neither are tensors nor hold any.
 _CONSTANTS = {int, float, bool, str, type(None), slice, type(...), torch.dtype, torch.device}

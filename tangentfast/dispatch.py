@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from tangentfast import _torch, inplace
 from tangentfast._torch import in_transform
-from tangentfast.arguments import Row, any_complex, any_tangent, opened, primal_of
+from tangentfast.arguments import any_complex, any_tangent, opened, primal_of
 from tangentfast.dual import Dual, like, make_dual, name_of, plain, rebuild, wrap
 from tangentfast.fallback import Underivable, fallback, random_state
 from tangentfast.passes import REPLAY, STRICT_REPLAY, Pass, current
 from tangentfast.rules import RULES
-from tangentfast.rules.registry import WRITES, Inexact, Rule
+from tangentfast.rules.registry import WRITES, Inexact, Row, Rule
 
 Options = dict[str, Any]  # keyword arguments
 
