@@ -3,7 +3,7 @@
 #define TF_BODY "attention/backward_body.h"
 #include "../each_isa.h"
 
-namespace tangentfast {
+namespace tangentfast::attention {
 
 void attention_backward_kernel(const AttentionBackward& call, int64_t n, int64_t g,
                                void* scratch) {
@@ -14,4 +14,4 @@ int64_t attention_backward_scratch(const AttentionBackward& call) {
   return TF_CALL(scratch_bytes, (call));
 }
 
-}  // namespace tangentfast
+}  // namespace tangentfast::attention

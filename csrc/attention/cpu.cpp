@@ -8,7 +8,7 @@
 #include "../checks.h"
 #include "kernel.h"
 
-namespace tangentfast {
+namespace tangentfast::attention {
 namespace {
 
 using Tangents = c10::List<std::optional<at::Tensor>>;
@@ -100,14 +100,19 @@ class Arguments {
   std::vector<at::Tensor> kept_;
 };
 
-// [N, H, rows, columns] with the heads beside each other, and batch and rows in the order of `like`:
-// joining the heads again is free, in batch-first and in sequence-first models.
+// [N, rows, *inner] with batch and rows in the order of `like` [N, H, rows, ...].
+at::Tensor batch_and_rows(const at::Tensor& like, std::initializer_list<int64_t> inner) {
+  const bool rows_first = like.stride(0) < like.stride(2) && like.size(0) > 1;
+  std::vector<int64_t> shape{like.size(rows_first ? 2 : 0), like.size(rows_first ? 0 : 2)};
+  shape.insert(shape.end(), inner);
+  const at::Tensor x = at::empty(shape, like.options());
+  return rows_first ? x.transpose(0, 1) : x;
+}
+
+// [N, H, rows, columns] with the heads beside each other: joining them again is free, in batch-first
+// and in sequence-first models.
 at::Tensor heads_inside(const at::Tensor& like, int64_t columns) {
-  const int64_t batch = like.size(0), heads = like.size(1), rows = like.size(2);
-  if (like.stride(0) < like.stride(2) && batch > 1) {
-    return at::empty({rows, batch, heads, columns}, like.options()).permute({1, 2, 0, 3});
-  }
-  return at::empty({batch, rows, heads, columns}, like.options()).transpose(1, 2);
+  return batch_and_rows(like, {like.size(1), columns}).transpose(1, 2);
 }
 
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
@@ -170,10 +175,10 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
   return {o, lse, dos};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
+std::vector<at::Tensor> attention_backward_cpu(
     const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& o, const at::Tensor& lse, const std::optional<at::Tensor>& mask, bool causal,
-    double scale) {
+    double scale, bool packed) {
   Arguments arguments("attention_backward");
   arguments.check_operands(q, k, v, mask);
   const int64_t batch = q.size(0), shared = k.size(1);
@@ -181,29 +186,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
   arguments.check("grad", grad, o.sizes(), q.scalar_type());
   arguments.check("lse", lse, {batch, q.size(1), q.size(2)}, Arguments::wide(q));
 
-  at::Tensor dq = heads_inside(q, q.size(3)), dk = heads_inside(k, k.size(3));
-  at::Tensor dv = heads_inside(v, v.size(3));
+  std::vector<at::Tensor> grads;
+  if (packed) {
+    TORCH_CHECK_VALUE(q.sizes() == k.sizes() && q.sizes() == v.sizes(),
+                      "attention_backward: packed is for q, k and v of one shape, got ", q.sizes(),
+                      ", ", k.sizes(), " and ", v.sizes());
+    grads = {batch_and_rows(q, {3, q.size(1), q.size(3)})};
+  } else {
+    grads = {heads_inside(q, q.size(3)), heads_inside(k, k.size(3)), heads_inside(v, v.size(3))};
+  }
+  const auto gradient = [&](int64_t i) {
+    return arguments.operand(packed ? grads[0].select(2, i).transpose(1, 2) : grads[i]);
+  };
   AttentionBackward call;
   arguments.set(call, q, k, v, mask, causal, scale);
   call.o = arguments.operand(o);
   call.grad = arguments.operand(grad);
   call.lse = Arguments::vector(lse);
-  call.dq = arguments.operand(dq);
-  call.dk = arguments.operand(dk);
-  call.dv = arguments.operand(dv);
+  call.dq = gradient(0);
+  call.dk = gradient(1);
+  call.dv = gradient(2);
   at::parallel_for(0, batch * shared, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor scratch = at::empty({attention_backward_scratch(call)}, at::kByte);
     for (int64_t task = begin; task < end; ++task) {
       attention_backward_kernel(call, task / shared, task % shared, scratch.data_ptr());
     }
   });
-  return {dq, dk, dv};
+  return grads;
 }
 
 }  // namespace
-}  // namespace tangentfast
+}  // namespace tangentfast::attention
 
 TORCH_LIBRARY_IMPL(tangentfast, CPU, m) {
-  m.impl("attention_jvp", &tangentfast::attention_jvp_cpu);
-  m.impl("attention_backward", &tangentfast::attention_backward_cpu);
+  m.impl("attention_jvp", &tangentfast::attention::attention_jvp_cpu);
+  m.impl("attention_backward", &tangentfast::attention::attention_backward_cpu);
 }

@@ -3,7 +3,7 @@
 #define TF_BODY "attention/jvp_body.h"
 #include "../each_isa.h"
 
-namespace tangentfast {
+namespace tangentfast::attention {
 
 void attention_jvp_kernel(const Attention& call, int64_t n, int64_t h, int64_t begin, int64_t end,
                           void* scratch) {
@@ -12,4 +12,4 @@ void attention_jvp_kernel(const Attention& call, int64_t n, int64_t h, int64_t b
 
 int64_t attention_jvp_scratch(const Attention& call) { return TF_CALL(scratch_bytes, (call)); }
 
-}  // namespace tangentfast
+}  // namespace tangentfast::attention

@@ -9,7 +9,7 @@
 
 #include "../scalar.h"
 
-namespace tangentfast {
+namespace tangentfast::attention {
 
 // [N, H, rows, columns] with strides in elements; columns are contiguous. Null: absent.
 struct Operand {
@@ -59,4 +59,4 @@ void attention_backward_kernel(const AttentionBackward& call, int64_t n, int64_t
 
 int64_t attention_backward_scratch(const AttentionBackward& call);
 
-}  // namespace tangentfast
+}  // namespace tangentfast::attention

@@ -11,6 +11,7 @@
 #include "testing.h"
 
 using namespace tangentfast;
+using namespace tangentfast::attention;
 
 struct Size {
   int64_t heads, group, queries, keys, depth, value_depth;

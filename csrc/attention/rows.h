@@ -1,4 +1,5 @@
 // Blocks of rows in memory, for the bodies of the attention kernels.
+using namespace tangentfast::attention;
 
 // Query rows at a time: P and dS of a block stay in a 1 MB L2 cache.
 static inline int64_t block_rows(int64_t keys) {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from truth import TOLERANCE, rounding, units
 
-from tangentfast.ops.attention import attention_jvp
+from tangentfast.ops.attention import AttentionTangent, attention_jvp, packed_attention_jvp
 from tangentfast.ops.backend import load_native
 
 NATIVE = load_native()[0] is not None
@@ -56,8 +56,8 @@ class Call:
         dmask = draw(n, 1, t, s) if mask == "added" else None
         q, k, v = (draw(*x.shape) for x in self.operands)
         self.rows: list[Any] = [
-            (q, k, v, dmask), (q, None, None, None), (None, k, None, None),
-            (None, None, v, None), None,
+            AttentionTangent(q, k, v, dmask), AttentionTangent(q), AttentionTangent(dk=k),
+            AttentionTangent(dv=v), None,
         ]  # fmt: skip
         self.gqa = hk != h
 
@@ -83,7 +83,7 @@ class Call:
 
         other.operands = [wide(x).requires_grad_() for x in self.operands]
         other.mask, other.causal, other.gqa = wide(self.mask), self.causal, self.gqa
-        other.rows = [row and tuple(map(wide, row)) for row in self.rows]
+        other.rows = [row and AttentionTangent(*map(wide, row)) for row in self.rows]
         return other.results("reference")
 
 
@@ -110,7 +110,7 @@ def test_reference_is_torch_func_jvp() -> None:
         return ((q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1)) @ v
 
     primals = (*(x.detach() for x in call.operands), call.mask)
-    y, dy = torch.func.jvp(plain, primals, call.rows[0])
+    y, dy = torch.func.jvp(plain, primals, tuple(call.rows[0]))
     o, dos = call("reference")
     assert units([o, dos[0]], [y, dy]) <= TOLERANCE[torch.float64]
 
@@ -119,7 +119,7 @@ def test_reference_is_torch_func_jvp() -> None:
 def test_gradient() -> None:
     q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.randn(5, 5, dtype=torch.float64)
-    rows = [(*(torch.randn_like(x) for x in (q, k, v)), None)]
+    rows = [AttentionTangent(*(torch.randn_like(x) for x in (q, k, v)))]
 
     def primal(*operands: Tensor) -> Tensor:
         return attention_jvp(*operands, mask, 0.0, False, 0.7, False, rows, "native")[0]
@@ -136,7 +136,7 @@ def test_mask_with_gradient(backend: str) -> None:
     q, k, v = (torch.randn(2, 2, 6, 4, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
     dbias = torch.randn_like(bias)
-    rows = [(None, None, None, dbias)]
+    rows = [AttentionTangent(dmask=dbias)]
     o, (do,) = attention_jvp(q, k, v, bias, 0.0, False, None, False, rows, backend)
     want = torch.func.jvp(lambda b: (q @ k.mT / 2 + b).softmax(-1) @ v, (bias.detach(),), (dbias,))
     assert units([o, do], want) <= TOLERANCE[torch.float64]
@@ -150,7 +150,7 @@ def test_mask_with_gradient(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_dimensions_and_ragged_strides(backend: str) -> None:
     q, k, v = (torch.randn(2, 8, 9, dtype=torch.float64).mT for _ in range(3))
-    rows = [(torch.randn(2, 9, 8, dtype=torch.float64), None, None, None)]
+    rows = [AttentionTangent(torch.randn(2, 9, 8, dtype=torch.float64))]
     o, (do,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, backend)
     dense = attention_jvp(
         q.contiguous(), k.contiguous(), v.contiguous(), None, 0.0, True, None, False, rows,
@@ -166,7 +166,7 @@ def test_nan_is_not_hidden() -> None:
     q, k, v = (torch.randn(1, 1, 3, 4) for _ in range(3))
     q[0, 0, 1, 2] = math.nan
     o, (do,) = attention_jvp(
-        q, k, v, None, 0.0, False, None, False, [(q.nan_to_num(), None, None, None)], "native"
+        q, k, v, None, 0.0, False, None, False, [AttentionTangent(q.nan_to_num())], "native"
     )
     for t in (o, do):
         assert t[0, 0, 1].isnan().all()  # type: ignore[index]
@@ -193,9 +193,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 def test_nothing_of_the_tangent_stays_alive() -> None:
     q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
     dq = torch.randn(1, 2, 9, 4)
-    o, dos = attention_jvp(
-        q, k, v, None, 0.0, False, None, False, [(dq, None, None, None)], "native"
-    )
+    o, dos = attention_jvp(q, k, v, None, 0.0, False, None, False, [AttentionTangent(dq)], "native")
     alive = [weakref.ref(dq), weakref.ref(dos[0])]
     del dq, dos
     gc.collect()
@@ -234,7 +232,59 @@ def test_autocast_as_torch_does() -> None:
     q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         o, (do,) = attention_jvp(
-            q, k, v, None, 0.0, False, None, False, [(q, k, v, None)], "native"
+            q, k, v, None, 0.0, False, None, False, [AttentionTangent(q, k, v)], "native"
         )
         assert o.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     assert do.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def packed(order: str, causal: bool, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """One tensor for q, k and v, batch or sequence first, against three of their own."""
+    shape = (3, 7, 3, 2, 5) if order == "batch" else (7, 3, 3, 2, 5)
+    draws = [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(3)]
+    qkv, *dqkv = (t if order == "batch" else t.transpose(0, 1) for t in draws)
+    mask = None if causal else torch.randn(3, 1, 7, 7, dtype=torch.float64).to(device, dtype)
+    qkv.requires_grad_()
+    o, dos = packed_attention_jvp(qkv, mask, causal, [dqkv[0], None, dqkv[1]], backend)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    rows = [AttentionTangent(*t.permute(2, 0, 3, 1, 4)) for t in dqkv]
+    theirs = attention_jvp(
+        q, k, v, mask, 0.0, causal, None, False, [rows[0], None, rows[1]], backend
+    )
+    assert dos[1] is None
+    assert torch.equal(o, theirs[0])
+    assert all(torch.equal(dos[i], theirs[1][i]) for i in (0, 2))  # type: ignore[arg-type]
+    weight = torch.randn_like(o)
+    (grad,) = torch.autograd.grad(o, qkv, weight)
+    assert torch.equal(grad, torch.autograd.grad(theirs[0], qkv, weight)[0])
+    if backend != "reference":
+        assert grad.stride() == qkv.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("order", ["batch", "sequence"])
+def test_packed(order: str, causal: bool, dtype: torch.dtype, backend: str) -> None:
+    packed(order, causal, dtype, backend)
+
+
+@native_only
+def test_opcheck_of_the_backward() -> None:
+    op = torch.ops.tangentfast.attention_backward
+    qkv = torch.randn(5, 2, 3, 4, 8).transpose(0, 1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    o, lse, _ = torch.ops.tangentfast.attention_jvp(q, k, v, None, False, 0.5, [], [], [], [], True)
+    for together in (False, True):
+        torch.library.opcheck(op.default, (o, q, k, v, o, lse, None, False, 0.5, together))
+    with pytest.raises(ValueError, match="packed is for q, k and v of one shape"):
+        op(o, q, k[:, :, :3], v[:, :, :3], o, lse, None, False, 0.5, True)
+
+
+@native_only
+def test_no_second_derivative() -> None:
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    o, _ = attention_jvp(q, q, q, None, 0.0, False, None, False, [AttentionTangent(q)], "native")
+    (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

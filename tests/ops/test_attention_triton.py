@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import INTERPRETED, imitate_bfloat16, run_interpreted
-from test_attention import CALLS, Call
+from test_attention import CALLS, Call, packed
 from torch import Tensor
 from truth import CONTRACT, TOLERANCE, units
 
 pytest.importorskip("triton")
 
-from tangentfast.ops.attention import attention_jvp
+from tangentfast.ops.attention import AttentionTangent, attention_jvp
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
@@ -73,7 +73,7 @@ def test_mask_with_gradient() -> None:
     bias.requires_grad_()
     dbias = torch.randn_like(bias)
     o, (do,) = attention_jvp(
-        q, k, v, bias, 0.0, False, None, False, [(None, None, None, dbias)], "triton"
+        q, k, v, bias, 0.0, False, None, False, [AttentionTangent(dmask=dbias)], "triton"
     )
     want = torch.func.jvp(lambda b: (q @ k.mT / 2 + b).softmax(-1) @ v, (bias.detach(),), (dbias,))
     assert units([o, do], want) <= TOLERANCE[torch.float32]
@@ -87,7 +87,7 @@ def test_mask_with_gradient() -> None:
 @runs
 def test_three_dimensions_and_ragged_strides() -> None:
     q, k, v = (draw(2, 8, 9).mT for _ in range(3))
-    rows = [(draw(2, 9, 8), None, None, None)]
+    rows = [AttentionTangent(draw(2, 9, 8))]
     o, (do,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, "triton")
     want, (dwant,) = attention_jvp(q, k, v, None, 0.0, True, None, False, rows, "reference")
     assert o.shape == do.shape == (2, 9, 8)  # type: ignore[union-attr]
@@ -102,7 +102,7 @@ def test_common_offset_of_scores() -> None:
     given = [q, k + shift, v + 4]
 
     def run(backend: str, convert: Any) -> Tensor:
-        tangents = [(convert(dq), None, None, None)]
+        tangents = [AttentionTangent(convert(dq))]
         return attention_jvp(
             *map(convert, given), None, 0.0, False, None, False, tangents, backend
         )[1][0]  # type: ignore[return-value]
@@ -118,7 +118,7 @@ def test_nan_is_not_hidden() -> None:
     q[0, 0, 1, 2] = math.nan
     dq = q.nan_to_num()
     o, (do,) = attention_jvp(
-        q, k, v, None, 0.0, False, None, False, [(dq, None, None, None)], "triton"
+        q, k, v, None, 0.0, False, None, False, [AttentionTangent(dq)], "triton"
     )
     for t in (o, do):
         assert t[0, 0, 1].isnan().all()  # type: ignore[index]
@@ -136,9 +136,7 @@ def test_bits_repeat() -> None:
 def test_nothing_of_the_tangent_stays_alive() -> None:
     q, k, v = (draw(1, 2, 9, 4).requires_grad_() for _ in range(3))
     dq = draw(1, 2, 9, 4)
-    o, dos = attention_jvp(
-        q, k, v, None, 0.0, False, None, False, [(dq, None, None, None)], "triton"
-    )
+    o, dos = attention_jvp(q, k, v, None, 0.0, False, None, False, [AttentionTangent(dq)], "triton")
     alive = [weakref.ref(dq), weakref.ref(dos[0])]
     del dq, dos
     gc.collect()
@@ -157,7 +155,14 @@ def test_opcheck() -> None:
     o, lse, _ = op(first, k, v, mask, False, 0.5, *rest)
     assert o.permute(2, 0, 1, 3).is_contiguous()
     back = torch.ops.tangentfast.attention_backward_triton.default
-    torch.library.opcheck(back, (torch.ones_like(o), first, k, v, o, lse, mask, False, 0.5))
+    torch.library.opcheck(back, (torch.ones_like(o), first, k, v, o, lse, mask, False, 0.5, False))
+    torch.library.opcheck(back, (q, q, q, q, q, q[..., 0], None, False, 0.5, True))
+
+
+@runs
+@pytest.mark.parametrize("order", ["batch", "sequence"])
+def test_packed(order: str) -> None:
+    packed(order, True, torch.float32, "triton", DEVICE)
 
 
 @runs
@@ -174,7 +179,7 @@ def test_bad_operands_launch_nothing() -> None:
     back = torch.ops.tangentfast.attention_backward_triton.default
     o, lse, _ = op(q, k, v, None, False, 1.0, [], [], [], [], True)
     with pytest.raises(ValueError, match=r"lse has shape \(1, 4, 4\), expected \(1, 4, 5\)"):
-        back(o, q, k, v, o, lse[..., :4], None, False, 1.0)
+        back(o, q, k, v, o, lse[..., :4], None, False, 1.0, False)
 
 
 @runs
@@ -197,7 +202,7 @@ def test_autocast_as_torch_does() -> None:
     q, k, v = (draw(1, 2, 5, 4) for _ in range(3))
     with torch.autocast(DEVICE, torch.bfloat16):
         o, (do,) = attention_jvp(
-            q, k, v, None, 0.0, False, None, False, [(q, k, v, None)], "triton"
+            q, k, v, None, 0.0, False, None, False, [AttentionTangent(q, k, v)], "triton"
         )
         assert o.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     assert do.dtype == torch.bfloat16  # type: ignore[union-attr]

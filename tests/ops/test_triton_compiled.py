@@ -130,7 +130,7 @@ def test_attention(
     added = torch.empty(2, 3, 257, 257) if mask == "added" else None
     rest = (added, mask == "causal", 0.1)
     o, lse, _ = attention.attention_jvp(q, k, v, *rest, [dq], [dk], [dv], [added], True)
-    attention.attention_backward(o, q, k, v, o, lse, *rest)
+    attention.attention_backward(o, q, k, v, o, lse, *rest, False)
     assert len(compiled) == 3
     check(compiled, capability, dtype, width, tmp_path)
 

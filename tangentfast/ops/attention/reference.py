@@ -9,20 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Row = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None
-
 
 def attention_jvp(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    dropout: float,
     causal: bool,
-    scale: float | None,
-    gqa: bool,
-    tangents: Sequence[Row],
-) -> tuple[Tensor, list[Tensor | None]]:
+    scale: float,
+    dq: Sequence[Tensor | None],
+    dk: Sequence[Tensor | None],
+    dv: Sequence[Tensor | None],
+    dmask: Sequence[Tensor | None],
+    dropout: float = 0.0,
+    gqa: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
     """o = P v with P = softmax(S), S = scale q kᵀ + mask, and
 
         dS = scale (dq kᵀ + q dkᵀ) + dmask,   dP = P ∘ (dS - rowsum(P ∘ dS)),   do = dP v + P dv.
@@ -30,16 +31,14 @@ def attention_jvp(
     Args:
         q: [..., H, T, D]; k: [..., Hk, S, D]; v: [..., Hk, S, Dv]; Hk = H unless `gqa`.
         mask: boolean (True: attend) or added to S; broadcast to [..., H, T, S]; or None.
-        dropout: probability of dropping an entry of P; the mask is drawn as torch draws it.
         causal, scale, gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
-        tangents: K rows (dq, dk, dv, dmask), each shaped like its primal or None; a row may be
-            None.
+        dq, dk, dv, dmask: K of each, shaped like its primal; of each K one is not None.
+        dropout: probability of dropping an entry of P; the mask is drawn as torch draws it.
 
     Returns:
         o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one. P is held in
         memory while this function runs; its softmax is computed in float32 for 16-bit inputs.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if dropout > 0:
         weights = _probabilities(q, k, mask, causal, scale, gqa)
         keep = F.dropout(torch.ones_like(weights), dropout)
@@ -49,36 +48,38 @@ def attention_jvp(
         o = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
         )
+    if not dq:
+        return o, []
     with torch.no_grad():
-        if all(row is None for row in tangents):
-            return o, [None] * len(tangents)
         q, k, v = (t.to(o.dtype) for t in (q, k, v))  # autocast
         p = _probabilities(q, k, mask, causal, scale, gqa)
-        kept = p if keep is None else p * keep
+        dropped = p if keep is None else p * keep
         keys, values = _heads(k, q, gqa), _heads(v, q, gqa)
-        dos: list[Tensor | None] = []
-        for row in tangents:
-            if row is None:
-                dos.append(None)
-                continue
-            dq, dk, dv, dmask = row
+        dos = []
+        for a, b, c, m in zip(dq, dk, dv, dmask, strict=True):
             ds = None
-            if dq is not None:
-                ds = (dq.to(o.dtype) * scale) @ keys.mT
-            if dk is not None:
-                term = (q * scale) @ _heads(dk.to(o.dtype), q, gqa).mT
+            if a is not None:
+                ds = (a.to(o.dtype) * scale) @ keys.mT
+            if b is not None:
+                term = (q * scale) @ _heads(b.to(o.dtype), q, gqa).mT
                 ds = term if ds is None else ds.add_(term)
-            if dmask is not None:
-                ds = dmask.expand(p.shape).to(p.dtype) if ds is None else ds + dmask
+            if m is not None:
+                ds = m.expand(p.shape).to(p.dtype) if ds is None else ds + m
             do = None
             if ds is not None:
                 dp = torch.ops.aten._softmax_backward_data(ds.to(p.dtype), p, -1, p.dtype)
                 do = (dp if keep is None else dp * keep) @ values
-            if dv is not None:
-                term = kept @ _heads(dv.to(o.dtype), q, gqa)
+            if c is not None:
+                term = dropped @ _heads(c.to(o.dtype), q, gqa)
                 do = term if do is None else do.add_(term)
             dos.append(do)
-    return o, dos
+    return o, dos  # type: ignore[return-value]
+
+
+def parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [N, H, T, D] of a packed [N, T, 3, H, D]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def _heads(t: Tensor, q: Tensor, gqa: bool) -> Tensor:

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangentfast.ops.attention.outputs import backward_outputs, jvp_outputs, wide
+from tangentfast.ops.attention.op import backward_outputs, jvp_outputs, wide
+from tangentfast.ops.attention.reference import parts
 from tangentfast.ops.expect import expect, hopper
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -299,14 +300,19 @@ def attention_jvp(
 
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    mask: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v; one program owns each of their rows, so that the bits repeat."""
+    mask: Tensor | None, causal: bool, scale: float, packed: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k and v, or one [N, T, 3, H, D] of all; one program owns each of their rows,
+    so that the bits repeat.
+    """
     n, h, shared, t, s = _check("attention_backward_triton", q, k, v, mask)
     shape = (n, h, t, v.shape[3])
+    if packed and not q.shape == k.shape == v.shape:
+        raise ValueError("attention_backward_triton: packed is for q, k and v of one shape")
     expect("attention_backward_triton", q.device, q.dtype, grad=(grad, shape), o=(o, shape))
     expect("attention_backward_triton", q.device, wide(q), lse=(lse, (n, h, t)))
-    dq, dk, dv = backward_outputs(q, k, v)
+    grads = backward_outputs(q, k, v, packed)
+    dq, dk, dv = parts(grads[0]) if packed else grads
     blocks = _blocks(q, v)
     delta = _whole(torch.empty_like(lse))
     operands = [*map(_operand, (grad, q, k, v)), _whole(mask)]
@@ -319,4 +325,4 @@ def attention_backward(
         attention_dkv_kernel[(triton.cdiv(s, blocks["BN"]) * n * shared,)](
             *operands, _whole(lse), delta, _operand(dk), _operand(dv), shared, *sizes, **options
         )
-    return dq, dk, dv
+    return grads
