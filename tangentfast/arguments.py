@@ -103,11 +103,13 @@ def _check_current(func: Callable[..., Any], x: Dual, pass_: Pass) -> None:
 
 def any_complex(xs: Sequence[Any]) -> bool:
     """Whether there is a complex tensor among these, or within one of them."""
-    return any(
-        x.is_complex() if isinstance(x, Tensor) else isinstance(x, (tuple, list)) and any_complex(x)
-        for x in xs
-        if type(x) not in _CONSTANTS
-    )
+    for x in xs:
+        if isinstance(x, Tensor):
+            if x.is_complex():
+                return True
+        elif isinstance(x, (tuple, list)) and any_complex(x):
+            return True
+    return False
 
 
 def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:

@@ -232,9 +232,9 @@ def jointly(
     return _registering(targets, _together, "rule", complex, parameters, itself)
 
 
-def fused(*targets: Target, complex: bool = False) -> Decorator:
+def fused(*targets: Target, complex: bool = False, itself: bool = False) -> Decorator:
     """Register ``body(rows, *args) -> (y, dys)``, which gets all K rows of tangents at once."""
-    return _registering(targets, _in_one_pass, "fused", complex, skip=1)
+    return _registering(targets, _in_one_pass, "fused", complex, itself=itself, skip=1)
 
 
 def composite(*targets: Target, itself: bool = False) -> Decorator:
