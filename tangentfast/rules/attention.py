@@ -47,7 +47,8 @@ def scaled_dot_product_attention(
 @fused("unbind", complex=True)
 def unbind(rows: Any, input: Tensor, dim: int = 0) -> tuple[Any, list[Any]]:
     """Queries, keys and values of one product come so: q, k, v = qkv.unbind(0)."""
-    ys = unbind_packed(input) if input.dim() == 5 and dim == 0 else input.unbind(dim)
+    packed = dim == 0 and input.dim() == 5 and len(input) == 3 and not input.is_complex()
+    ys = unbind_packed(input) if packed else input.unbind(dim)
     return ys, [row and row[0].unbind(dim) for row in rows]
 
 

@@ -6,6 +6,7 @@ order that the product before wants. Those that attention gives lie beside each 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,41 +15,46 @@ from torch import Tensor
 from tangentfast.ops.contract import plain
 
 
-def unbind_packed(x: Tensor) -> tuple[Tensor, ...]:
-    """``x.unbind(0)``, the gradient of which is a view of its parts' where they lie as x does."""
-    if not x.requires_grad or not torch.is_grad_enabled() or plain(x):
-        return x.unbind(0)
-    parts: tuple[Tensor, ...] = _Unbind.apply(x)
+def unbind_packed(qkv: Tensor) -> tuple[Tensor, ...]:
+    """``qkv.unbind(0)``, whose backward copies nothing where the gradients are parts of one tensor.
+
+    Args:
+        qkv: [3, ...].
+    """
+    if not qkv.requires_grad or not torch.is_grad_enabled() or plain(qkv):
+        return qkv.unbind(0)
+    parts: tuple[Tensor, ...] = _Unbind.apply(qkv)
     return parts
 
 
-def together(parts: Any) -> Tensor | None:
-    """The tensor that ``unbind(0)`` would give these parts of; None where they are of none."""
-    first = parts[0]
-    if any(t is None for t in parts) or not all(same(first, t) for t in parts):
+def together(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor whose ``unbind(0)`` these three are; None where they lie otherwise."""
+    first, second, third = parts
+    step = second.storage_offset() - first.storage_offset()
+    if (
+        step <= 0
+        or third.storage_offset() - second.storage_offset() != step
+        or not _lies(first) == _lies(second) == _lies(third)
+    ):
         return None
-    starts = [t.storage_offset() for t in parts]
-    step = starts[1] - starts[0] if len(parts) > 1 else 0
-    if step <= 0 or starts != [starts[0] + i * step for i in range(len(parts))]:
-        return None
-    return first.as_strided((len(parts), *first.shape), (step, *first.stride()))
+    return first.as_strided((3, *first.shape), (step, *first.stride()))
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are alike but for where in their common memory they begin."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and (
-        a.shape,
-        a.stride(),
-        a.dtype,
-    ) == (b.shape, b.stride(), b.dtype)
+def _lies(t: Tensor) -> tuple[Any, ...]:
+    """Everything of how a tensor lies in memory but where it begins."""
+    return t.untyped_storage().data_ptr(), t.shape, t.stride(), t.dtype, t.is_neg()
 
 
 class _Unbind(torch.autograd.Function):
+    """``x.unbind(0)``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts, views of x."""
         return x.unbind(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """A view of the gradients, or their stack."""
         whole = None if torch.is_grad_enabled() else together(grads)
         return torch.stack(grads) if whole is None else whole
