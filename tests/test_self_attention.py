@@ -1,4 +1,4 @@
-"""Self-attention's rule in models: layouts, masks, what falls to torch's body, and no copy."""
+"""Self-attention in models: layouts, masks, what falls to torch's body, and no copy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,7 @@ from truth import CONTRACT, model_errors, random_tau
 
 import tangentfast as tf
 from tangentfast import _torch
+from tangentfast.ops.attention import unbind_packed
 from tangentfast.ops.backend import load_native
 
 N, T, E = 3, 5, 8
@@ -192,3 +194,60 @@ def test_nothing_is_copied(layout: str, params: str) -> None:
         y = lin(x)
         torch.autograd.grad(y, list(lin.parameters()), torch.ones_like(y))
     assert not copies.counts
+
+
+class Packed(nn.Module):
+    """As timm has it; `use` computes attention from q, k and v [N, H, T, D]."""
+
+    def __init__(self, use: Any, width: int = E):
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, e = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, 2, e // 2).permute(2, 0, 3, 1, 4)
+        o: Tensor = self.use(*qkv.unbind(0))
+        y: Tensor = self.proj(o.transpose(1, 2).reshape(n, t, e))
+        return x + y
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        attend,
+        lambda q, k, v: attend(q, k, v) + attend(v, q, k),
+        lambda q, k, v: attend(q, k, v) * k.sigmoid(),
+        lambda q, k, v: attend(q, k, k),
+        lambda q, k, v: attend(q.detach(), k, v),
+        lambda q, k, v: q + 2 * v,
+    ],
+)
+def test_parts_of_one_tensor(use: Any) -> None:
+    """Their gradients are views of one where attention alone made them, and right where not."""
+    check(Packed(use), inputs())
+
+
+@pytest.mark.skipif(load_native()[0] is None, reason="torch's own attention copies")
+def test_parts_of_one_tensor_are_not_copied() -> None:
+    lin = tf.linearize(nn.Sequential(Packed(attend, 128), Packed(attend, 128)))
+    random_tau(lin)
+    with Copies() as copies:
+        y = lin(torch.randn(4, 20, 128))
+        torch.autograd.grad(y, list(lin.parameters()), torch.ones_like(y))
+    assert not copies.counts
+
+
+def test_gradient_of_the_gradient_of_parts() -> None:
+    x = torch.randn(3, 2, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+
+    def cubes(x: Tensor) -> Tensor:
+        q, k, v = unbind_packed(x)
+        return q**3 + k * v
+
+    assert torch.autograd.gradgradcheck(cubes, (x,))

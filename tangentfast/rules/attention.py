@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tangentfast import _torch
-from tangentfast.ops.attention import AttentionTangent, attention_jvp, packed_attention_jvp
+from tangentfast.ops.attention import (
+    AttentionTangent,
+    attention_jvp,
+    packed_attention_jvp,
+    unbind_packed,
+)
 from tangentfast.ops.linear import LinearTangent, linear_jvp
 from tangentfast.passes import narrow_tangents
 from tangentfast.rules.autocast import autocast_dtype, narrow
@@ -37,6 +42,14 @@ def scaled_dot_product_attention(
     return attention_jvp(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, rows
     )
+
+
+@fused("unbind", complex=True)
+def unbind(rows: Any, input: Tensor, dim: int = 0) -> tuple[Any, list[Any]]:
+    """Queries, keys and values of one product come so: q, k, v = qkv.unbind(0)."""
+    packed = dim == 0 and input.dim() == 5 and len(input) == 3 and not input.is_complex()
+    ys = unbind_packed(input) if packed else input.unbind(dim)
+    return ys, [row and row[0].unbind(dim) for row in rows]
 
 
 def self_attention(

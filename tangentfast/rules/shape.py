@@ -29,7 +29,7 @@ linear_in_first(
     *("positive", "real", "clone", "conj", "resolve_conj", "resolve_neg"),
     *("expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip"),
     *("fliplr", "flipud", "rot90", "narrow", "select", "split", "split_with_sizes", "chunk"),
-    *("tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "unfold", "fold", "diagonal", "diag"),
+    *("tensor_split", "hsplit", "vsplit", "dsplit", "unfold", "fold", "diagonal", "diag"),
     *("diag_embed", "tril", "triu", "index_select", "gather", "take", "take_along_dim"),
     *("masked_select", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("to", "float", "double", "half", "bfloat16", "cpu", "cuda", "type", "pin_memory"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tangentfast.ops.attention import reference
+from tangentfast.ops.attention.unbind import together
 from tangentfast.ops.contract import (
     Op,
     Provider,
@@ -212,8 +213,11 @@ def _vjp(
     *primals, o, lse, mask = saved
     q, k, v = _operands(primals)
     backward = attention_backward_triton if provider.backend == "triton" else attention_backward
-    packed = len(primals) == 1
+    # Parts of one tensor get parts of one gradient, which needs no copy where they part.
+    shared = len(primals) == 3 and q.dim() == 4 and together(primals) is not None
+    packed = len(primals) == 1 or shared
     grads = backward(*map(_four, (grad, q, k, v, o)), lse, mask, causal, scale, packed)
+    grads = reference.parts(grads[0]) if shared else grads
     return tuple(g.reshape(x.shape) for g, x in zip(grads, primals, strict=True))
 
 
