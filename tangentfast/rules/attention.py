@@ -201,6 +201,7 @@ def _is_self_attention(call: Any) -> bool:
         or any(t is not None for t in extra)
         or call.add_zero_attn
         or call.use_separate_proj_weight
+        or call.in_proj_weight is None
         or not x.is_floating_point()
         or x.dim() not in (2, 3)
         or x.numel() == 0
