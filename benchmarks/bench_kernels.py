@@ -126,7 +126,7 @@ def cases() -> list[Any]:
 
     A processor without instructions for them needs seconds for one.
     """
-    found = []
+    listed = []
     for name, operation in OPERATIONS.items():
         for size in operation.sizes[:1] if SMOKE else operation.sizes:
             for dtype in (torch.float32, torch.bfloat16):
@@ -136,8 +136,8 @@ def cases() -> list[Any]:
                 if not skipped:
                     shape = "x".join(map(str, size))
                     ident = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
-                    found.append(pytest.param(name, size, dtype, id=ident))
-    return found
+                    listed.append(pytest.param(name, size, dtype, id=ident))
+    return listed
 
 
 def through_rule(
@@ -149,21 +149,21 @@ def through_rule(
     assert bound is not None
     row = [tangents.get(id(argument)) for argument in bound]
 
-    def run() -> tuple[Tensor, Tensor]:
+    def call() -> tuple[Tensor, Tensor]:
         y, (dy,) = rule.apply(bound, [row])
         return y, dy
 
-    return run
+    return call
 
 
-def on_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with TANGENTFAST_BACKEND set; an empty name takes the best backend."""
+def on_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` with TANGENTFAST_BACKEND set; an empty name takes the best backend."""
 
     def named() -> Any:
         before = os.environ.get("TANGENTFAST_BACKEND")
         os.environ["TANGENTFAST_BACKEND"] = name
         try:
-            return run()
+            return call()
         finally:
             del os.environ["TANGENTFAST_BACKEND"]
             if before is not None:
@@ -200,7 +200,7 @@ def test_kernel(name: str, size: Shape, dtype: torch.dtype, benchmark: Any) -> N
         call = lambda w, b: ((picture, w, b), {"stride": size[1]})  # noqa: E731
     args, kwargs = call(*primals)
     tangents = {id(x): dx for x, dx in zip(primals, dprimals, strict=True)}
-    run = through_rule(operation.function, args, kwargs, tangents)
+    through = through_rule(operation.function, args, kwargs, tangents)
 
     def function(*tensors: Tensor) -> Tensor:
         args, kwargs = call(*tensors)
@@ -210,12 +210,12 @@ def test_kernel(name: str, size: Shape, dtype: torch.dtype, benchmark: Any) -> N
     flops = operation.flops(size)
     if flops:
         product, amount = ceilings.product(flops / 3, dtype)
-        runs, work = {"ceiling: product": product}, {"ceiling: product": amount}
+        calls, work = {"ceiling: product": product}, {"ceiling: product": amount}
     else:
         flops = float(operation.streams * primals[0].nbytes)
-        found, moved = ceilings.passes(int(flops))
-        runs = {f"ceiling: {n}": found[n] for n in found}
-        work = {f"ceiling: {n}": moved[n] for n in found}
+        passes, moved = ceilings.passes(int(flops))
+        calls = {f"ceiling: {n}": passes[n] for n in passes}
+        work = {f"ceiling: {n}": moved[n] for n in passes}
     ours = ["tangentfast", "reference", "torch.func.jvp"]
 
     def check(results: dict[str, Any]) -> None:
@@ -233,10 +233,10 @@ def test_kernel(name: str, size: Shape, dtype: torch.dtype, benchmark: Any) -> N
         compare(
             benchmark,
             {
-                "tangentfast": on_backend("", run),
-                "reference": on_backend("reference", run),
+                "tangentfast": on_backend("", through),
+                "reference": on_backend("reference", through),
                 **theirs,
-                **runs,
+                **calls,
             },
             check,
             against="torch.func.jvp",

@@ -49,7 +49,7 @@ Merge = Callable[[dict[str, Tensor], list[dict[str, Tensor]], float], object]
 
 def merges(k: int) -> dict[str, tuple[Merge, int]]:
     """Each way to merge k vectors, and its streams."""
-    found: dict[str, tuple[Merge, int]] = {
+    ways: dict[str, tuple[Merge, int]] = {
         "add_ loop": (baselines.add_loop, 3 * k),
         "_foreach_add_": (baselines.foreach_loop, 3 * k),
         "sum, then apply": (baselines.sum_then_apply, 3 * (k - 1) + 7),
@@ -57,11 +57,11 @@ def merges(k: int) -> dict[str, tuple[Merge, int]]:
     }
     if DEVICE.type == "cpu":
         # alpha * vector makes an array (2), the sum reads and writes two and one (3)
-        found["numpy"] = (baselines.numpy_loop, 5 * k)
+        ways["numpy"] = (baselines.numpy_loop, 5 * k)
     if NATIVE:
         reference: Merge = lambda b, v, a: merge_(b, v, a, backend="reference")  # noqa: E731
-        found["reference"] = (reference, 5 * k + 3)
-    return found
+        ways["reference"] = (reference, 5 * k + 3)
+    return ways
 
 
 @pytest.mark.parametrize("k", COUNTS)
@@ -83,7 +83,7 @@ def test_merge(k: int, benchmark: Any) -> None:
             name: lambda merge=merge, target=targets[name]: merge(target, some, ALPHA)
             for name, (merge, _) in merges(k).items()
         }
-        | {f"ceiling: {name}": run for name, run in ceiling.items()},
+        | {f"ceiling: {name}": call for name, call in ceiling.items()},
         check,
         against="add_ loop",
         work={name: streams * STREAM for name, (_, streams) in merges(k).items()}
@@ -115,7 +115,7 @@ def test_gram(benchmark: Any) -> None:
     compare(
         benchmark,
         {"tangentfast": lambda: gram(vectors), "dot loop": dots}
-        | {f"ceiling: {name}": run for name, run in ceiling.items()},
+        | {f"ceiling: {name}": call for name, call in ceiling.items()},
         check,
         against="dot loop",
         work={"tangentfast": 8 * STREAM, "dot loop": 128 * STREAM}

@@ -76,7 +76,7 @@ def by_points(vectors: Sequence[dict[str, Tensor]], points: Sequence[Sequence[fl
     model, x = problem()[0], images(BATCH)
     linear = tf.linearize(model)
 
-    def run() -> list[Tensor]:
+    def call() -> list[Tensor]:
         outs = []
         for point in points:
             for name, tau in linear.tau.items():
@@ -86,7 +86,7 @@ def by_points(vectors: Sequence[dict[str, Tensor]], points: Sequence[Sequence[fl
             outs.append(linear(x))
         return outs
 
-    return run
+    return call
 
 
 def by_points_published(
@@ -108,13 +108,13 @@ def in_one_pass(vectors: Sequence[dict[str, Tensor]], points: Sequence[Sequence[
     """One pass with a tangent for each vector, and a weighted sum for each point."""
     model, x = problem()[0], images(BATCH)
 
-    def run() -> list[Tensor]:
+    def call() -> list[Tensor]:
         out, douts = tf.jvp(model, (x,), params=vectors)
         return [
             out + sum(a * dout for a, dout in zip(point, douts, strict=True)) for point in points
         ]
 
-    return run
+    return call
 
 
 def test_alpha_sweep(benchmark: Any) -> None:

@@ -28,7 +28,7 @@ def passes(total: int) -> tuple[dict[str, Callable[[], object]], dict[str, float
 
     one, source, target = tensor(1), tensor(2), tensor(2)
     x, y = tensor(3), tensor(3)
-    runs: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         "read": one.sum,
         "copy_": lambda: target.copy_(source),
         "axpy in place": lambda: y.add_(x, alpha=1e-3),
@@ -39,9 +39,9 @@ def passes(total: int) -> tuple[dict[str, Callable[[], object]], dict[str, float
         "axpy in place": 3.0 * x.nbytes,
     }
     if DEVICE.type == "cpu":
-        runs["memcpy"] = lambda: memcpy(target, source)
+        calls["memcpy"] = lambda: memcpy(target, source)
         work["memcpy"] = 2.0 * source.nbytes
-    return runs, work
+    return calls, work
 
 
 def memcpy(target: Tensor, source: Tensor) -> None:

@@ -70,8 +70,8 @@ def compare(
 
     def measure() -> dict[str, list[float]]:
         results, first = {}, {}
-        for name, run in variants.items():
-            first[name], results[name] = timed(run)
+        for name, call in variants.items():
+            first[name], results[name] = timed(call)
         check(results)
         results.clear()
         chosen = tf.info().measured
@@ -104,13 +104,13 @@ def compare(
     }
 
 
-def timed(run: Call, calls: int = 1) -> tuple[float, Any]:
+def timed(call: Call, calls: int = 1) -> tuple[float, Any]:
     """Seconds per call, and the last call's result; on a GPU from idle to idle."""
     synchronize()
     start = time.perf_counter()
     for _ in range(calls - 1):
-        run()
-    result = run()
+        call()
+    result = call()
     synchronize()
     return (time.perf_counter() - start) / calls, result
 

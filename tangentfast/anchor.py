@@ -40,7 +40,7 @@ class Anchor(torch.autograd.Function):
                 "supported: its backward is that of the network at θ0, which is not the second "
                 "derivative. Use torch.func.jvp on the original model."
             )
-        return None, grad.to(ctx.dtype)
+        return None, grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype)
 
 
 class Parameters(dict[str, Any]):
@@ -105,7 +105,10 @@ class Parameters(dict[str, Any]):
 def _dual(theta0: Tensor, tau: Tensor, pass_: Pass) -> Dual:
     pass_.read.add(id(theta0))
     primal = Anchor.apply(theta0, tau) if pass_.recording else theta0
-    dual = make_dual(primal, [tau.detach().to(theta0.dtype)] * pass_.k, pass_)
+    tangent = tau.detach()
+    if tangent.dtype != theta0.dtype:
+        tangent = tangent.to(theta0.dtype)
+    dual = make_dual(primal, [tangent] * pass_.k, pass_)
     dual.parameter = theta0
     return dual
 

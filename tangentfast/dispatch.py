@@ -9,148 +9,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled
 from torch.utils._pytree import tree_leaves
 
 from tangentfast import _torch, inplace
-from tangentfast._torch import version
+from tangentfast._torch import in_transform
+from tangentfast.arguments import any_complex, any_tangent, opened, primal_of
 from tangentfast.dual import Dual, like, make_dual, name_of, plain, rebuild, wrap
 from tangentfast.fallback import Underivable, fallback, random_state
-from tangentfast.graph import origins
 from tangentfast.passes import REPLAY, STRICT_REPLAY, Pass, current
 from tangentfast.rules import RULES
-from tangentfast.rules.registry import WRITES, Inexact, Row, Rule, evaluate
+from tangentfast.rules.registry import WRITES, Inexact, Row, Rule
 
 Options = dict[str, Any]  # keyword arguments
-
-# Types of arguments that neither are tensors nor hold any.
-_CONSTANTS = {int, float, bool, str, type(None), slice, type(...), torch.dtype, torch.device}
-
-
-def _open(
-    func: Callable[..., Any], args: Sequence[Any], pass_: Pass
-) -> tuple[list[Any], list[Row]]:
-    """The primals of the arguments, checked, and for each of the K tangents those of all."""
-    primals: list[Any] = []
-    columns: list[Sequence[Any]] = []
-    none = (None,) * pass_.k
-    for x in args:
-        column: Sequence[Any] = none
-        kind = type(x)
-        if kind is Dual:
-            primal = x.primal
-            if x.owner is not pass_ or x.version != version(primal):
-                _check_current(func, x, pass_)
-            if none:
-                column = x.tangents
-            x = primal
-        elif kind not in _CONSTANTS:
-            if isinstance(x, (tuple, list)):
-                column = [_tangent(x, k) for k in range(pass_.k)]
-            x = _primal(func, x, pass_)
-        primals.append(x)
-        columns.append(column)
-    return primals, [_row(row) for row in zip(*columns, strict=True)]
-
-
-def _row(row: Sequence[Any]) -> Row:
-    for dx in row:
-        if dx is not None:
-            return row
-    return None
-
-
-def _primal(func: Callable[..., Any], x: Any, pass_: Pass) -> Any:
-    if type(x) is Dual:
-        _check_current(func, x, pass_)
-        return x.primal
-    if isinstance(x, Tensor):
-        if pass_.strict and x.requires_grad:
-            return constant(x, pass_, name_of(func))
-    elif isinstance(x, (tuple, list)) and not all(type(e) in _CONSTANTS for e in x):
-        return rebuild(x, [_primal(func, e, pass_) for e in x])
-    return x
-
-
-def _tangent(x: Any, k: int) -> Any:
-    """The k-th tangent of an argument; None where nothing in it has one."""
-    if type(x) is Dual:
-        return x.tangents[k]
-    if isinstance(x, (tuple, list)):
-        row = [_tangent(e, k) for e in x]
-        return row if _row(row) is not None else None
-    return None
-
-
-def _check_current(func: Callable[..., Any], x: Dual, pass_: Pass) -> None:
-    """Refuse a tangent of another forward, and one that a write has made wrong."""
-    if not pass_.k:
-        return  # the replay has no tangents that could be wrong
-    if x.owner is not pass_:
-        raise RuntimeError(
-            f"{name_of(func)} got a tensor of an earlier, finished forward; its tangent "
-            "belongs to that one. Detach what you keep between forwards (caches: "
-            "use_cache=False)."
-        )
-    if x.version != version(x.primal):
-        raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()} got a tensor whose memory was "
-            "written in place through another tensor (a view, detach() or no_grad), so that "
-            "its tangent is out of date. Clone it before that write."
-        )
-
-
-def _any_complex(xs: Sequence[Any]) -> bool:
-    return any(
-        x.is_complex()
-        if isinstance(x, Tensor)
-        else isinstance(x, (tuple, list)) and _any_complex(x)
-        for x in xs
-        if type(x) not in _CONSTANTS
-    )
-
-
-def constant(x: Tensor, pass_: Pass, what: str) -> Tensor:
-    """A plain tensor that requires grad in a strict pass, cut off: it must depend on no tangent.
-
-    `what` names the function that got it, or the output that it is once the forward has ended.
-
-    Raises:
-        RuntimeError: it was computed from one past the rules.
-    """
-    for leaf in origins(x, pass_.graph) if pass_.k else ():  # a replay repeats what was checked
-        owner = None
-        if type(leaf) is not Dual and pass_.root is not None and pass_.anchors is not None:
-            owner = _owner(pass_.root, leaf)
-        if owner is None and not lost(leaf, pass_):
-            continue
-        where = f" in {pass_.where()}" if pass_.active else ""
-        if owner is not None and not hasattr(owner._parameters, "taus"):
-            raise RuntimeError(
-                f"{what}{where} met a parameter of {type(owner).__name__} that requires grad and "
-                "has no τ. Expected the modules that were linearized: linearize again after "
-                "replacing one, or freeze it."
-            )
-        raise RuntimeError(
-            f"{what}{where} got a tensor that depends on the trained parameters but has lost its "
-            "tangent. Expected every such tensor to be computed by torch functions in this "
-            "forward. A custom autograd.Function or a tensor kept from an earlier forward does "
-            "this: replace it by torch functions, or detach it."
-        )
-    return x.detach()
-
-
-def lost(leaf: Tensor, pass_: Pass) -> bool:
-    """Whether what was computed from `leaf` should have a tangent and has none."""
-    return type(leaf) is Dual or id(leaf) in pass_.moving
-
-
-def _owner(root: nn.Module, leaf: Tensor) -> nn.Module | None:
-    """The module that `leaf` is a parameter of."""
-    for module in root.modules():
-        if any(parameter is leaf for parameter in dict.values(module._parameters)):
-            return module
-    return None
 
 
 def _dispatch(
@@ -158,7 +29,9 @@ def _dispatch(
 ) -> Any:
     """Call `func` on dual numbers."""
     rule = RULES.get(func)
-    return _BY_KIND[rule.kind if rule is not None else ""](func, rule, args, kwargs or {})
+    if rule is None:
+        return _without_rule(func, args, kwargs or {})
+    return _BY_KIND[rule.kind](func, rule, args, kwargs or {})
 
 
 def _metadata(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
@@ -171,35 +44,36 @@ def _metadata(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs:
 
 
 def _forbidden(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
-    pass_ = _pass_of(func, args, kwargs)
+    pass_ = _entered(func, args, kwargs, moving=False)
     raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {rule.apply()}")
 
 
 def _structural(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
     """A function linear in its first argument, or one whose derivative is zero."""
-    pass_ = _entered(func, args, kwargs, rule.kind == "linear")
+    pass_ = _entered(func, args, kwargs, moving=rule.kind == "linear")
     if not args:  # torch.softmax(input=x, dim=-1)
         kwargs = dict(kwargs)
         args = [kwargs.pop("input" if "input" in kwargs else next(iter(kwargs)))]
-    primals, rows = _open(func, args, pass_)
-    options = {n: _primal(func, v, pass_) for n, v in kwargs.items()} if kwargs else kwargs
-    if (rule.kind == "linear" and _any_dual(args[1:], kwargs)) or (
-        not rule.complex and _any_complex((*primals, *options.values()))
+    primals, rows = opened(func, args, pass_)
+    options = {n: primal_of(func, v, pass_) for n, v in kwargs.items()} if kwargs else kwargs
+    if (rule.kind == "linear" and _further(rows, kwargs)) or (
+        not rule.complex and any_complex((*primals, *options.values()))
     ):
         return _fall_back(func, args, kwargs, pass_)
     y = func(*primals, **options)
     if rule.kind == "constant":
         return y.detach() if isinstance(y, Tensor) else y
-    rest = primals[1:]
-    dys = evaluate(lambda dx, *_: func(dx, *rest, **options), rows)
+    # Only floating numbers require grad, and the first argument has them all: nothing is recorded.
+    dys = [None if row is None else func(row[0], *primals[1:], **options) for row in rows]
     return wrap(y, dys, pass_, args)
 
 
-def _any_dual(args: Sequence[Any], kwargs: Options) -> bool:
-    for x in (*args, *kwargs.values()):  # noqa: SIM110 (a generator costs more than the loop)
-        if type(x) is Dual:
+def _further(rows: Sequence[Row], kwargs: Options) -> bool:
+    """Whether any argument but the first has a tangent."""
+    for row in rows:
+        if row is not None and (row[0] is None or any_tangent(row[1:])):
             return True
-    return False
+    return bool(kwargs) and any(type(x) is Dual for x in kwargs.values())
 
 
 def _by_rule(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: Options) -> Any:
@@ -213,8 +87,8 @@ def _by_rule(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs: 
         return _write(func, func, bound, {}, pass_, inplace_at=rule.inplace)
     answer = None
     try:
-        primals, rows = _open(func, bound, pass_)
-        if rule.complex or not _any_complex(primals):
+        primals, rows = opened(func, bound, pass_)
+        if rule.complex or not any_complex(primals):
             answer = rule.apply(primals, rows)
     except Inexact as error:
         raise RuntimeError(f"{name_of(func)} in {pass_.where()}: {error}") from None
@@ -230,9 +104,7 @@ def _composite(func: Callable[..., Any], rule: Rule, args: Sequence[Any], kwargs
     return _fall_back(func, args, kwargs, pass_) if bound is None else rule.apply(*bound)
 
 
-def _without_rule(
-    func: Callable[..., Any], rule: None, args: Sequence[Any], kwargs: Options
-) -> Any:
+def _without_rule(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> Any:
     pass_ = _entered(func, args, kwargs)
     functional = WRITES.get(getattr(func, "__name__", "")) or inplace.functional_of(func)
     if functional is not None:
@@ -244,7 +116,6 @@ def _without_rule(
 
 
 _BY_KIND: dict[str, Callable[..., Any]] = {
-    "": _without_rule,
     "metadata": _metadata,
     "forbidden": _forbidden,
     "linear": _structural,
@@ -258,20 +129,10 @@ _BY_KIND: dict[str, Callable[..., Any]] = {
 def _entered(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Options, moving: bool = True
 ) -> Pass:
-    """The pass of a call, if it is one that tangents can follow; `moving`: they have to."""
-    pass_ = _pass_of(func, args, kwargs)
-    if moving and pass_.k and not torch.is_grad_enabled():
-        _refuse_no_grad(func, pass_)
-    if kwargs and kwargs.get("out") is not None:
-        raise RuntimeError(
-            f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
-            "assign the function's result instead."
-        )
-    return pass_
+    """The pass of a call, which has to be one that tangents can follow where they are `moving`.
 
-
-def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> Pass:
-    """This thread's pass, or on a thread of the model's own that of the arguments."""
+    It is this thread's, or on a thread of the model's own that of the arguments.
+    """
     pass_ = current()
     if pass_ is None or pass_ is REPLAY:
         owners = [x.owner for x in tree_leaves((args, kwargs)) if type(x) is Dual]
@@ -285,8 +146,15 @@ def _pass_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Options) -> 
             "had finished. Take tensors from the outputs of the linearized model, or detach them "
             "inside the forward (a hook that keeps activations, a cache: use_cache=False)."
         )
-    if pass_.active and _torch.in_transform():
+    if pass_.active and in_transform():
         pass_.check_no_transform(name_of(func))
+    if moving and pass_.k and not is_grad_enabled():
+        _refuse_no_grad(func, pass_)
+    if kwargs and kwargs.get("out") is not None:
+        raise RuntimeError(
+            f"{name_of(func)} in {pass_.where()}: out= cannot carry a tangent; "
+            "assign the function's result instead."
+        )
     return pass_
 
 
@@ -326,7 +194,7 @@ def _fall_back(
             "numbers. Ask detach() for it, or use an older torch."
         )
     try:
-        y, dys = fallback(func, args, kwargs, pass_.k, lambda x: _primal(func, x, pass_))
+        y, dys = fallback(func, args, kwargs, pass_.k, lambda x: primal_of(func, x, pass_))
     except Underivable as error:
         raise NotImplementedError(
             f"{name_of(func)} in {where} has no rule, and {error}. Replace it by torch functions "
@@ -346,18 +214,21 @@ def _write(
     """A write in place: the tangents of what is written first, then the write to the primal."""
     target = args[0]
     target_primal = plain(target)
-    primals = [_primal(func, x, pass_) for x in args]
+    primals = [primal_of(func, x, pass_) for x in args]
     # where it is plain and requires grad: itself, not its detached alias
     primals[0] = target_primal
-    options = {n: _primal(func, v, pass_) for n, v in kwargs.items()}
+    options = {n: primal_of(func, v, pass_) for n, v in kwargs.items()}
     tangents: Sequence[Tensor | None] = ()
     if pass_.k:
         inplace.check(target, target_primal, name_of(func), pass_)
         if isinstance(functional, Rule):
             bound = functional.bind(args, kwargs)
             if bound is None:
-                return _fall_back(func, args, kwargs, pass_)
-            tangents = functional.apply(*_open(func, bound, pass_))
+                raise NotImplementedError(
+                    f"{name_of(func)} in {pass_.where()} got {', '.join(kwargs)} by name; pass the "
+                    "arguments of a write in place by position."
+                )
+            tangents = functional.apply(*opened(func, bound, pass_))
         else:
             tangents = _tangents_of(func, functional, args, primals, kwargs, pass_)
         tangents = [like(target_primal, t) for t in tangents]

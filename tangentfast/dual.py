@@ -95,42 +95,36 @@ def like(y: Tensor, dy: Tensor | None) -> Tensor | None:
 
 def wrap(y: Any, dys: Sequence[Any], pass_: Pass, given: Sequence[Any]) -> Any:
     """Pair the results of a function of the arguments `given` with their tangents."""
-    if isinstance(y, Tensor):
-        return _wrap_tensor(y, dys, pass_, given)
-    if isinstance(y, (tuple, list)):
-        parts = [
-            wrap(part, [None if dy is None else dy[i] for dy in dys], pass_, given)
-            for i, part in enumerate(y)
-        ]
-        return rebuild(y, parts)
-    if isinstance(y, dict):
-        return type(y)(
-            {
-                n: wrap(v, [None if dy is None else dy[n] for dy in dys], pass_, given)
-                for n, v in y.items()
-            }
-        )
-    return y
-
-
-def _wrap_tensor(y: Tensor, dys: Sequence[Any], pass_: Pass, given: Sequence[Any]) -> Tensor:
+    if not isinstance(y, Tensor):
+        return _wrap_each(y, dys, pass_, given)
     for x in given:
         if type(x) is Dual and x.primal is y:
             return x  # the function returned its argument: contiguous(), dropout in eval mode
     if not (y.is_floating_point() or y.is_complex()):
         return y
-    moves = not pass_.k  # a replay, where everything may
+    moves = not pass_.k  # in a replay, which has no tangents, everything may
     tangents = []
     for dy in dys:
         if dy is not None:
             moves = True
             dy = like(y, dy)
         tangents.append(dy)
-    if not moves:
-        if pass_.strict and y.requires_grad:
-            y = y.detach()  # the derivative is zero; a graph would say otherwise to the checks
-        return y
-    return make_dual(y, tangents, pass_)
+    if moves:
+        return make_dual(y, tangents, pass_)
+    if pass_.strict and y.requires_grad:
+        y = y.detach()  # the derivative is zero; a graph would say otherwise to the checks
+    return y
+
+
+def _wrap_each(y: Any, dys: Sequence[Any], pass_: Pass, given: Sequence[Any]) -> Any:
+    def wrapped(key: Any) -> Any:
+        return wrap(y[key], [None if dy is None else dy[key] for dy in dys], pass_, given)
+
+    if isinstance(y, (tuple, list)):
+        return rebuild(y, [wrapped(i) for i in range(len(y))])
+    if isinstance(y, dict):
+        return type(y)({name: wrapped(name) for name in y})
+    return y
 
 
 def rebuild(old: Any, items: list[Any]) -> Any:

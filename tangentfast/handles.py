@@ -41,11 +41,11 @@ class Handles:
 
     def of(self, tensor: Tensor) -> list[Any]:
         """The live handles that share memory with `tensor`."""
-        for r in self._unsorted:
+        unsorted, self._unsorted = self._unsorted, []  # another thread may add to it meanwhile
+        for r in unsorted:
             if (handle := r()) is not None:
                 self._by_root.setdefault(id(base(handle.primal)), []).append(r)
-        self._sorted += len(self._unsorted)
-        self._unsorted.clear()
+        self._sorted += len(unsorted)
         root = base(tensor)
         handles = [r() for r in self._by_root.get(id(root), ())]
         # an id may be that of a tensor that died; its handles had another root

@@ -21,16 +21,8 @@ from tangentfast.dual import Dual
 from tangentfast.passes import Pass
 
 # These change what the tensor is, not what it holds: nothing sensible can be said of tangents.
-_REFUSED = {
-    "set_",
-    "resize_",
-    "resize_as_",
-    "t_",
-    "transpose_",
-    "unsqueeze_",
-    "squeeze_",
-    "swapaxes_",
-}
+_REFUSED = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_"}
+_REFUSED |= {"swapaxes_"}
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentfast import hooks
-from tangentfast.dispatch import constant, lost
+from tangentfast.arguments import constant, lost
 from tangentfast.dual import Dual, make_dual, plain
 from tangentfast.graph import origins
 from tangentfast.kept import Kept

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tangentfast import hooks
+from tangentfast import dispatch, hooks  # noqa: F401 (`dispatch` is what torch calls on duals)
 from tangentfast._torch import compiled_original, version
 from tangentfast.anchor import anchor, anchored, release, theta0_of
-from tangentfast.dispatch import constant
+from tangentfast.arguments import constant
 from tangentfast.dual import Dual
 from tangentfast.fingerprint import Base, checksum
 from tangentfast.kept import Kept

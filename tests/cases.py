@@ -48,7 +48,7 @@ SHAPE: Table = {
     "chunk": [C(R(5, 4), 2), C(R(5, 4), 3, dim=-1)],
     "tensor_split": [C(R(5, 4), 3), C(R(5, 4), (1, 2), dim=1)],
     "hsplit": [C(R(4, 4), 2)], "vsplit": [C(R(4, 4), 2)], "dsplit": [C(R(2, 2, 4), 2)],
-    "unbind": [X, C(R(2, 3), 1)],
+    "unbind": [X, C(R(2, 3), 1), C(R(3, 2, 1, 3, 2))],
     "unfold": [on(Tensor, C(R(3, 7), 1, 3, 2)), on(F, C(R(2, 3, 5, 5), 2)),
                on(F, C(R(2, 3, 5, 5), (2, 3), dilation=1, padding=1, stride=2))],
     "fold": [C(R(2, 12, 16), (5, 5), 2), C(R(1, 8, 9), (6, 6), 2, stride=2)],

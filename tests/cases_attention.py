@@ -28,6 +28,8 @@ late = torch.zeros(2, 5, dtype=torch.bool)
 late[1, 3:] = True
 query, key = R(3, 2, E), R(5, 2, E)
 separate = (None, R(3 * E), None, None, False, 0.0, R(E, E), R(E))
+packed = (R(3 * E, E), R(3 * E), R(E, E), R(E), 2)
+later = torch.ones(3, 3, dtype=torch.bool).triu(1)
 ATTENTION: Table = {
     "scaled_dot_product_attention": [
         C(heads(3), heads(5), heads(5)), C(heads(3), heads(5), heads(5), allowed),
@@ -41,6 +43,15 @@ ATTENTION: Table = {
         C(heads(3, 4), heads(5), heads(5), allowed, enable_gqa=True, scale=0.2),
         C(R(2, 3, 4), R(2, 5, 4), R(2, 5, 4)), C(R(0, 2, 3, 4), R(0, 2, 3, 4), R(0, 2, 3, 4)),
         C(heads(1), heads(1), heads(1)), C(R(1, 2, 3, 4), heads(5), heads(5)),
+    ],
+    "self_attention": [
+        C(query, *packed), C(R(3, E), *packed), C(R(1, 2, E), *packed), C(R(3, 1, E), *packed),
+        C(query, R(3 * E, E), None, R(5, E), None, 4),
+        C(query, *packed, key_padding_mask=late[:, 2:]),
+        C(R(5, E), *packed, late[1]), C(query, *packed, attn_mask=later),
+        C(query, *packed, late[:, 2:], later, True), C(query, *packed, None, later, True),
+        C(query, *packed, None, additive[:, :3]),
+        C(query, *packed, None, later.expand(4, 3, 3)),
     ],
     "multi_head_attention_forward": [
         multi_head(query, query, query), multi_head(query, key, key),

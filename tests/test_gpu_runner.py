@@ -51,7 +51,7 @@ def test_a_failed_stage_leaves_its_results() -> None:
     assert [gpu.execute(s, {}).partition(",")[0] for s in stages] == ["ok", "FAILED with 1", "ok"]
     assert gpu.gather(stages) == {"seconds": 4, "benchmarks": [0, 1]}
     assert gpu.gather(stages[2:]) is None
-    gpu.execute(python("s0", "exit(1)"), {})  # an earlier run's results do not pass for a new one's
+    gpu.execute(python("s0", "exit(1)"), {})  # earlier results do not pass for new ones
     assert gpu.gather(stages[:1]) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tangentfast as tf
@@ -154,3 +155,10 @@ def test_errors(net: nn.Module, x: Tensor) -> None:
         tf.jvp(net, (torch.arange(3),), tangents=(1.0,))
     with pytest.raises(ValueError, match="one direction in params"):
         tf.jvp(net, (x,), params=directions(net, 2), tangents=(1.0,))
+
+
+def test_a_tangent_that_no_rule_has_a_term_for_is_refused() -> None:
+    """torch has no derivative by a running mean; a rule that passes over it would say 0."""
+    x, mean = torch.randn(4, 3), torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"not differentiable with respect to .*running_mean"):
+        tf.jvp(lambda m: F.batch_norm(x, m, torch.ones(3)), (mean,), tangents=(1.0,))

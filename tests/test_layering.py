@@ -17,7 +17,7 @@ LAYERS = [
     ["substitute", "linearize"],
     ["hooks", "kept", "anchor", "select", "task_vector"],
     ["dispatch", "merge", "vector_file", "checkpoints"],
-    ["inplace", "fallback", "fingerprint", "targets", "coefficients"],
+    ["arguments", "inplace", "fallback", "fingerprint", "targets", "coefficients"],
     ["rules"],
     ["dual"],
     ["passes"],

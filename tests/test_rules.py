@@ -61,7 +61,7 @@ def test_float32(function: Function, case: Case) -> None:
 
 
 SIXTEEN_BIT = ("layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax", "gelu", "linear",
-               "scaled_dot_product_attention")  # fmt: skip
+               "scaled_dot_product_attention", "self_attention")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -100,19 +100,19 @@ class Arguments {
   std::vector<at::Tensor> kept_;
 };
 
-// `count` tensors [N, H, rows, columns] on top of each other, the heads of all beside each other, and
-// batch and rows in the order of `like`: joining them again is free, in batch-first and in
-// sequence-first models.
-at::Tensor heads_inside(const at::Tensor& like, int64_t columns, int64_t count) {
-  const int64_t batch = like.size(0), heads = like.size(1), rows = like.size(2);
-  if (like.stride(0) < like.stride(2) && batch > 1) {
-    return at::empty({rows, batch, count, heads, columns}, like.options()).permute({2, 1, 3, 0, 4});
-  }
-  return at::empty({batch, rows, count, heads, columns}, like.options()).permute({2, 0, 3, 1, 4});
+// [N, rows, *inner] with batch and rows in the order of `like` [N, H, rows, ...].
+at::Tensor batch_and_rows(const at::Tensor& like, std::initializer_list<int64_t> inner) {
+  const bool rows_first = like.stride(0) < like.stride(2) && like.size(0) > 1;
+  std::vector<int64_t> shape{like.size(rows_first ? 2 : 0), like.size(rows_first ? 0 : 2)};
+  shape.insert(shape.end(), inner);
+  const at::Tensor x = at::empty(shape, like.options());
+  return rows_first ? x.transpose(0, 1) : x;
 }
 
+// [N, H, rows, columns] with the heads beside each other: joining them again is free, in batch-first
+// and in sequence-first models.
 at::Tensor heads_inside(const at::Tensor& like, int64_t columns) {
-  return heads_inside(like, columns, 1)[0];
+  return batch_and_rows(like, {like.size(1), columns}).transpose(1, 2);
 }
 
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> attention_jvp_cpu(
@@ -186,31 +186,33 @@ std::vector<at::Tensor> attention_backward_cpu(
   arguments.check("grad", grad, o.sizes(), q.scalar_type());
   arguments.check("lse", lse, {batch, q.size(1), q.size(2)}, Arguments::wide(q));
 
-  std::vector<at::Tensor> outputs, grads;
+  std::vector<at::Tensor> grads;
   if (packed) {
-    arguments.check("k", k, q.sizes(), q.scalar_type());
-    arguments.check("v", v, q.sizes(), q.scalar_type());
-    outputs = {heads_inside(q, q.size(3), 3)};
-    grads = outputs[0].unbind(0);
+    TORCH_CHECK_VALUE(q.sizes() == k.sizes() && q.sizes() == v.sizes(),
+                      "attention_backward: packed is for q, k and v of one shape, got ", q.sizes(),
+                      ", ", k.sizes(), " and ", v.sizes());
+    grads = {batch_and_rows(q, {3, q.size(1), q.size(3)})};
   } else {
-    for (const at::Tensor& x : {q, k, v}) outputs.push_back(heads_inside(x, x.size(3)));
-    grads = outputs;
+    grads = {heads_inside(q, q.size(3)), heads_inside(k, k.size(3)), heads_inside(v, v.size(3))};
   }
+  const auto gradient = [&](int64_t i) {
+    return arguments.operand(packed ? grads[0].select(2, i).transpose(1, 2) : grads[i]);
+  };
   AttentionBackward call;
   arguments.set(call, q, k, v, mask, causal, scale);
   call.o = arguments.operand(o);
   call.grad = arguments.operand(grad);
   call.lse = Arguments::vector(lse);
-  call.dq = arguments.operand(grads[0]);
-  call.dk = arguments.operand(grads[1]);
-  call.dv = arguments.operand(grads[2]);
+  call.dq = gradient(0);
+  call.dk = gradient(1);
+  call.dv = gradient(2);
   at::parallel_for(0, batch * shared, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor scratch = at::empty({attention_backward_scratch(call)}, at::kByte);
     for (int64_t task = begin; task < end; ++task) {
       attention_backward_kernel(call, task / shared, task % shared, scratch.data_ptr());
     }
   });
-  return outputs;
+  return grads;
 }
 
 }  // namespace

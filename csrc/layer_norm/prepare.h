@@ -46,8 +46,8 @@ inline void check_norm(const char* op, const at::Tensor& x, at::IntArrayRef shap
     for (size_t k = 0; k < column.size(); ++k) {
       const Optional tangent = column.get(k);
       if (!tangent) continue;
-      TORCH_CHECK_VALUE(present, op, ": ", indexed(name, k), " is given, expected none where there"
-                        " is no ", name + 1);
+      TORCH_CHECK_VALUE(present, op, ": ", indexed(name, k),
+                        " is given, expected none where there is no ", name + 1);
       check(indexed(name, k), *tangent);
     }
   };
@@ -62,8 +62,8 @@ inline void check_norm(const char* op, const at::Tensor& x, at::IntArrayRef shap
   all("dbias", tangents.dbias, bias.has_value(), parameter);
 }
 
-// Checks, allocates, and calls loop(item, rows) for the numbers. With `narrow`, weights
-// that are stored as x is stay so; otherwise they are widened to double or float.
+// Checks, allocates, and calls loop(item, rows) for the numbers. With `narrow`, weights that are
+// stored as x is stay so; otherwise they are widened to double or float.
 template <class Loop>
 LayerNormResult norm_jvp(const char* op, bool centered, const at::Tensor& x, at::IntArrayRef shape,
                          const Optional& weight, const Optional& bias, double eps,

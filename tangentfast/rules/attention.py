@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tangentfast import _torch
-from tangentfast.ops.attention import AttentionTangent, attention_jvp, packed
-from tangentfast.rules.registry import Jvp, composite, fused, rule
+from tangentfast.ops.attention import (
+    AttentionTangent,
+    attention_jvp,
+    packed_attention_jvp,
+    unbind_packed,
+)
+from tangentfast.ops.linear import LinearTangent, linear_jvp
+from tangentfast.passes import narrow_tangents
+from tangentfast.rules.autocast import autocast_dtype, narrow
+from tangentfast.rules.registry import composite, fused
 
 
 @fused(F.scaled_dot_product_attention)
@@ -34,93 +44,180 @@ def scaled_dot_product_attention(
     )
 
 
-@rule("unbind", complex=True)
-def unbind(input: Tensor, dim: int = 0) -> tuple[tuple[Tensor, ...], Jvp]:
-    return packed.unbind(input, dim), lambda dx: dx.unbind(dim)
+@fused("unbind", complex=True)
+def unbind(rows: Any, input: Tensor, dim: int = 0) -> tuple[Any, list[Any]]:
+    """Queries, keys and values of one product come so: q, k, v = qkv.unbind(0)."""
+    packed = dim == 0 and input.dim() == 5 and len(input) == 3 and not input.is_complex()
+    ys = unbind_packed(input) if packed else input.unbind(dim)
+    return ys, [row and row[0].unbind(dim) for row in rows]
 
 
-_torch_multi_head = F.multi_head_attention_forward
-_NAMES = tuple(inspect.signature(_torch_multi_head).parameters)
+def self_attention(
+    query: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    num_heads: int,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """``F.multi_head_attention_forward`` of one tensor with itself, without dropout and weights:
+    what an encoder has in each of its blocks.
 
+    Args:
+        query: [T, N, E], in either order of memory, or [T, E].
+        in_proj_weight, in_proj_bias: [3 E, E] and [3 E], of queries, keys and values.
+        out_proj_weight, out_proj_bias: [F, E] and [F].
+        num_heads: H, a divisor of E.
+        key_padding_mask: [N, T] or [T], boolean (True: hide) or added to the scores.
+        attn_mask: [T, T] or [N H, T, T], boolean (True: hide) or added to the scores.
+        is_causal: that attn_mask is the causal one.
 
-@composite(_torch_multi_head)
-@wraps(_torch_multi_head, assigned=())  # its signature alone
-def multi_head_attention_forward(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """torch's own body, but self-attention without weights reads q, k and v where they lie.
-
-    x [T, N, E] is often [N, T, E] in memory, which the projections then work on. They give
-    [N, T, 3, H, D], of which attention takes the slices; torch's body lays them apart, to
-    [3, T, N, E], and back again in the backward.
+    Returns:
+        [T, N, F] or [T, F], in the order of memory that query has.
     """
-    call = SimpleNamespace(**dict(zip(_NAMES, args, strict=True)))
-    if not _packs(call):
-        return _torch.multi_head_attention_forward(*args)
-    x = call.query if call.query.dim() == 3 else call.query.unsqueeze(1)
-    mask, causal = _mask(call, *x.shape[:2])
+    tensors = (query, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+    rest = (num_heads, key_padding_mask, attn_mask, is_causal)
+    if has_torch_function(tensors):
+        y: Tensor = handle_torch_function(self_attention, tensors, *tensors, *rest)
+        return y
+    return F.multi_head_attention_forward(
+        query, query, query, query.shape[-1], num_heads, in_proj_weight, in_proj_bias, None, None,
+        False, 0.0, out_proj_weight, out_proj_bias, key_padding_mask=key_padding_mask,
+        need_weights=False, attn_mask=attn_mask, is_causal=is_causal,
+    )[0]  # fmt: skip
+
+
+@fused(self_attention)
+def _self_attention(
+    tangents: Any,
+    query: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    num_heads: int,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, list[Any]]:
+    """Two products and attention between them, on views: nothing is copied in either direction."""
+    primals = (query, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+    masks = (key_padding_mask, attn_mask, is_causal)
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        tangents = [row and [narrow(t, dtype) for t in row] for row in tangents]
+        primals = tuple(narrow(x, dtype) for x in primals)
+        with torch.autocast(query.device.type, enabled=False):
+            result: tuple[Tensor, list[Any]] = _self_attention(
+                tangents, *primals, num_heads, *masks
+            )
+            return result
+    x = query if query.dim() == 3 else query.unsqueeze(1)  # [T, N, E]
     batch_first = x.stride(0) < x.stride(1)
-    rows = x.transpose(0, 1) if batch_first else x
-    qkv = F.linear(rows, call.in_proj_weight, call.in_proj_bias)
-    heads = qkv.unflatten(-1, (3, call.num_heads, -1))
-    order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
-    q, k, v = heads.permute(*order).unbind(0)
-    dropout = call.dropout_p if call.training else 0.0
-    o = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    o = o.transpose(1, 2) if batch_first else o.permute(2, 0, 1, 3)
-    y = F.linear(o.flatten(2), call.out_proj_weight, call.out_proj_bias)
-    y = y.transpose(0, 1) if batch_first else y
-    return (y if call.query.dim() == 3 else y.squeeze(1)), None
+
+    def rows_of(t: Tensor) -> Tensor:
+        """[T, N, E] in the order of memory, that no product has to copy it; and back."""
+        return t.transpose(0, 1) if batch_first else t
+
+    def packed(t: Tensor) -> Tensor:
+        """[N, T, 3, H, D]."""
+        t = t.expand(proj.shape).unflatten(-1, (3, num_heads, -1))  # a dbias alone is [3 E]
+        return t if batch_first else t.transpose(0, 1)
+
+    def joined(o: Tensor) -> Tensor:
+        """The rows of [N, H, T, D]."""
+        return (o.transpose(1, 2) if batch_first else o.permute(2, 0, 1, 3)).flatten(-2)
+
+    narrowed = narrow_tangents()
+    rows: list[Any] = [
+        row and LinearTangent(None if row[0] is None else rows_of(row[0].view(x.shape)), *row[1:3])
+        for row in tangents
+    ]
+    proj, dproj = linear_jvp(rows_of(x), in_proj_weight, in_proj_bias, rows, narrow=narrowed)
+    qkv = packed(proj)
+    mask, causal = _mask(qkv, key_padding_mask, attn_mask, is_causal)
+    dqkv = [None if t is None else packed(t) for t in dproj]
+    o, dos = packed_attention_jvp(qkv, mask, causal, dqkv)
+    rows = [
+        row and LinearTangent(None if do is None else joined(do), *row[3:5])
+        for row, do in zip(tangents, dos, strict=True)
+    ]
+    y, dys = linear_jvp(joined(o), out_proj_weight, out_proj_bias, rows, narrow=narrowed)
+    shape = (*query.shape[:-1], y.shape[-1])
+    results = [None if dy is None else rows_of(dy.expand(y.shape)).reshape(shape) for dy in dys]
+    return rows_of(y).reshape(shape), results
 
 
-def _packs(call: Any) -> bool:
-    """Whether a call is self-attention by one projection, that asks for no weights, and that
-    torch's body would not refuse.
-    """
-    x, heads = call.query, call.num_heads
-    others = (call.bias_k, call.bias_v, call.static_k, call.static_v)
-    if (
-        not (x is call.key and x is call.value)
-        or call.need_weights
-        or call.use_separate_proj_weight
-        or call.add_zero_attn
-        or any(t is not None for t in others)
-        or x.dim() not in (2, 3)
-        or x.numel() == 0
-        or x.shape[-1] != call.embed_dim_to_check
-        or x.shape[-1] % heads
-        or call.in_proj_weight.shape != (3 * x.shape[-1], x.shape[-1])
-        or (call.is_causal and call.attn_mask is None)
-    ):
-        return False
-    queries, batch = x.shape[0], x.shape[1] if x.dim() == 3 else 1
-    padding, mask = call.key_padding_mask, call.attn_mask
-    return (
-        padding is None or (_masks(padding) and padding.shape == (*x.shape[1:-1], queries))
-    ) and (
-        mask is None
-        or (_masks(mask) and mask.shape in ((queries, queries), (batch * heads, queries, queries)))
-    )
-
-
-def _masks(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
-
-
-def _mask(call: Any, queries: int, batch: int) -> tuple[Tensor | None, bool]:
-    """What is added to the scores [N, H, T, T], and whether to attend to the past alone."""
-    padding, mask = call.key_padding_mask, call.attn_mask
-    if call.is_causal and padding is None:  # torch takes the mask's word for it
+def _mask(
+    qkv: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor | None, bool]:
+    """What is added to the scores [N, H, T, T], and whether they are causal, as torch decides."""
+    if is_causal and key_padding_mask is None:
         return None, True
-    padding, mask = (None if t is None else _added(t, call.query.dtype) for t in (padding, mask))
-    if mask is not None and mask.dim() == 3:
-        mask = mask.view(batch, call.num_heads, queries, queries)
-    if padding is not None:
-        padding = padding.view(batch, 1, 1, queries)
-        mask = padding if mask is None else mask + padding
+    n, t, _, h, _ = qkv.shape
+
+    def added(mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=qkv.dtype).masked_fill_(mask, -math.inf)
+
+    mask = None
+    if attn_mask is not None:
+        mask = added(attn_mask).reshape(-1, h if attn_mask.dim() == 3 else 1, t, t)
+    if key_padding_mask is not None:
+        hidden = added(key_padding_mask).reshape(n, 1, 1, t)
+        mask = hidden if mask is None else mask + hidden
     return mask, False
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of multi-head attention, where True hides, as a summand."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+_PARAMETERS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+@composite(F.multi_head_attention_forward)
+@wraps(F.multi_head_attention_forward)
+def multi_head_attention_forward(*args: Any) -> tuple[Any, Any]:
+    """`self_attention` where it is that, and torch's own body on dual numbers where it is not."""
+    call = SimpleNamespace(**dict(zip(_PARAMETERS, args, strict=True)))
+    if not _is_self_attention(call):
+        y: tuple[Any, Any] = _torch.multi_head_attention_forward(*args)
+        return y
+    return self_attention(
+        call.query, call.in_proj_weight, call.in_proj_bias, call.out_proj_weight,
+        call.out_proj_bias, call.num_heads, call.key_padding_mask, call.attn_mask, call.is_causal,
+    ), None  # fmt: skip
+
+
+def _is_self_attention(call: Any) -> bool:
+    """Judged by the arguments alone; what torch refuses is left to its body."""
+    x, heads = call.query, call.num_heads
+    extra = (call.bias_k, call.bias_v, call.static_k, call.static_v)
+    if (
+        not x is call.key is call.value
+        or call.need_weights
+        or (call.training and call.dropout_p > 0)
+        or any(t is not None for t in extra)
+        or call.add_zero_attn
+        or call.use_separate_proj_weight
+        or call.in_proj_weight is None
+        or not x.is_floating_point()
+        or x.dim() not in (2, 3)
+        or x.numel() == 0
+    ):
+        return False
+    t, n, e = x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])
+    padding, mask = call.key_padding_mask, call.attn_mask
+    masks = [m for m in (padding, mask) if m is not None]
+    return (
+        e == call.embed_dim_to_check
+        and e % heads == 0
+        and call.in_proj_weight.shape == (3 * e, e)
+        and (padding is None or padding.shape == ((n, t) if x.dim() == 3 else (t,)))
+        and (mask is not None or not call.is_causal)
+        and (mask is None or mask.shape in ((t, t), (n * heads, t, t)))
+        and all(type(m) is Tensor and not m.requires_grad for m in masks)
+        and all(m.dtype in (torch.bool, torch.float32, x.dtype) for m in masks)
+        and len({m.dtype for m in masks}) < 2
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tangentfast.ops.activation import activation_jvp
-from tangentfast.rules.registry import Jvp, functions, fused, jointly, rule
+from tangentfast.rules.registry import Jvp, fused, jointly, rule
 
 aten = torch.ops.aten
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (dx, x, y) -> dy
@@ -102,26 +102,21 @@ PARAMETRIC: dict[str, tuple[str, Callable[..., Tensor]]] = {
 
 
 def _unary(
-    function: Callable[..., Any],
-    derivative: Callable[..., Tensor],
-    parameters: str = "",
-    complex: bool = False,
+    name: str, derivative: Callable[..., Tensor], parameters: str = "", complex: bool = False
 ) -> None:
     count = len(parameters.replace("inplace=False", "").split())
 
-    @rule(function, complex=complex, parameters="input " + parameters)
-    def unary(input: Tensor, *rest: Any) -> tuple[Tensor, Jvp]:
+    @rule(name, complex=complex, parameters="input " + parameters, itself=True)
+    def unary(function: Callable[..., Any], input: Tensor, *rest: Any) -> tuple[Tensor, Jvp]:
         options = rest[:count]
         y = function(input, *options)
         return y, lambda dx: derivative(dx, input, y, *options)
 
 
 for _name, _derivative in UNARY.items():
-    for _function in functions(_name):
-        _unary(_function, _derivative, complex=_name not in REAL)
+    _unary(_name, _derivative, complex=_name not in REAL)
 for _name, (_parameters, _derivative) in PARAMETRIC.items():
-    for _function in functions(_name):
-        _unary(_function, _derivative, _parameters)
+    _unary(_name, _derivative, _parameters)
 
 
 def _first(tangents: Sequence[Any]) -> list[Any]:
@@ -259,11 +254,11 @@ def lerp(input: Tensor, end: Tensor, weight: Any) -> tuple[Any, ...]:
     )
 
 
-def _tied(function: Callable[..., Tensor], parameters: str) -> None:
+def _tied(parameters: str, *names: str) -> None:
     """A choice among operands: the slopes of torch's own backward; versions share a tie unlike."""
 
-    @rule(function, parameters=parameters)
-    def choose(*operands: Any) -> tuple[Any, ...]:
+    @rule(*names, parameters=parameters, itself=True)
+    def choose(function: Callable[..., Any], *operands: Any) -> tuple[Any, ...]:
         y = function(*operands)
 
         def by(i: int) -> Jvp:
@@ -279,11 +274,7 @@ def _tied(function: Callable[..., Tensor], parameters: str) -> None:
         return y, *map(by, range(len(operands)))
 
 
-for _names, _parameters in {
-    ("clamp", "clip"): "input min=None max=None",
-    ("clamp_min",): "input min",
-    ("clamp_max",): "input max",
-    ("maximum", "minimum", "fmax", "fmin"): "input other",
-}.items():
-    for _function in functions(*_names):
-        _tied(_function, _parameters)
+_tied("input min=None max=None", "clamp", "clip")
+_tied("input min", "clamp_min")
+_tied("input max", "clamp_max")
+_tied("input other", "maximum", "minimum", "fmax", "fmin")

@@ -16,7 +16,7 @@ from torch import Tensor
 from tangentfast.ops.linear import LinearTangent, is_patches, linear_jvp, patches_jvp
 from tangentfast.passes import narrow_tangents
 from tangentfast.rules.autocast import autocast_dtype, narrow
-from tangentfast.rules.registry import Inexact, Jvp, add, evaluate, functions, fused, jointly, rule
+from tangentfast.rules.registry import Inexact, Jvp, add, evaluate, fused, jointly, rule
 
 
 def product_rule(f: Callable[..., Tensor], tensors: Sequence[Any], tangents: Sequence[Any]) -> Any:
@@ -35,20 +35,19 @@ def product(f: Callable[..., Tensor], *tensors: Any) -> tuple[Tensor, Jvp]:
 
 
 # The products that autocast computes in 16 bits on every device; of outer or kron it does not.
-NARROWED = functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm")
+NARROWED = ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm")
 
 
-def _bilinear(function: Callable[..., Any]) -> None:
-    @jointly(function, complex=True)
-    def bilinear(input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
-        if function in NARROWED:
-            input, other = (narrow(x, autocast_dtype(x)) for x in (input, other))
-        return product(function, input, other)
+@jointly(*NARROWED, complex=True, itself=True)
+def narrowed(function: Callable[..., Any], input: Tensor, other: Tensor) -> tuple[Tensor, Jvp]:
+    return product(function, *(narrow(x, autocast_dtype(x)) for x in (input, other)))
 
 
-for _function in functions("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "vdot",
-                           "inner", "outer", "ger", "kron"):  # fmt: skip
-    _bilinear(_function)
+@jointly("mv", "dot", "vdot", "inner", "outer", "ger", "kron", complex=True, itself=True)
+def bilinear_product(
+    function: Callable[..., Any], input: Tensor, other: Tensor
+) -> tuple[Tensor, Jvp]:
+    return product(function, input, other)
 
 
 @fused("linear", complex=True)
@@ -77,18 +76,17 @@ def bilinear(
 
 def _added_product(name: str, product: Callable[..., Any], parameters: str) -> None:
     """beta * input + alpha * product(a, b): addmm and its kin."""
-    for function in functions(name):
 
-        @jointly(function, complex=True, parameters=f"input {parameters} beta=1 alpha=1")
-        def added(
-            input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, f: Any = function
-        ) -> tuple[Tensor, Jvp]:
-            def jvp(dinput: Any, da: Any, db: Any, *_: None) -> Any:
-                dy = product_rule(product, (a, b), (da, db))
-                dy = dy if dy is None or alpha == 1 else alpha * dy
-                return add(dy, dinput if dinput is None or beta == 1 else beta * dinput)
+    @jointly(name, complex=True, parameters=f"input {parameters} beta=1 alpha=1", itself=True)
+    def added(
+        function: Callable[..., Any], input: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any
+    ) -> tuple[Tensor, Jvp]:
+        def jvp(dinput: Any, da: Any, db: Any, *_: None) -> Any:
+            dy = product_rule(product, (a, b), (da, db))
+            dy = dy if dy is None or alpha == 1 else alpha * dy
+            return add(dy, dinput if dinput is None or beta == 1 else beta * dinput)
 
-            return f(input, a, b, beta=beta, alpha=alpha), jvp
+        return function(input, a, b, beta=beta, alpha=alpha), jvp
 
 
 _added_product("addmm", torch.mm, "mat1 mat2")
@@ -110,9 +108,9 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> tuple[Tensor, Jvp]:
     return product(lambda a, b: torch.tensordot(a, b, dims), a, b)
 
 
-def _convolution_jvp(
-    function: Callable[..., Any], x: Tensor, w: Tensor, b: Any, options: Any, tangents: Any
-) -> tuple[Tensor, list[Any]]:
+def _convolution(
+    function: Callable[..., Any], x: Tensor, w: Tensor, b: Tensor | None, options: tuple[Any, ...]
+) -> tuple[Tensor, Jvp]:
     def convolved(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return function(x, w, b, *options)
 
@@ -123,37 +121,30 @@ def _convolution_jvp(
         dy = product_rule(convolved, (x, w), (dx, dw))
         return add(dy, None if db is None else db.view(-1, *[1] * (w.dim() - 2)))
 
-    return convolved(x, w, b), evaluate(jvp, tangents)
+    return convolved(x, w, b), jvp
 
 
-def _convolution(function: Callable[..., Any]) -> None:
-    @fused(function, complex=True)
-    def conv(
-        tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-        padding: Any = 0, dilation: Any = 1, groups: int = 1,
-    ) -> tuple[Tensor, list[Any]]:  # fmt: skip
-        options = (stride, padding, dilation, groups)
-        weight = narrow(weight, autocast_dtype(weight))
-        if is_patches(input, weight, *options):
-            rows = [row and LinearTangent(*row[:3]) for row in tangents]
-            return patches_jvp(input, weight, bias, rows, narrow=narrow_tangents())
-        return _convolution_jvp(function, input, weight, bias, options, tangents)
+@fused("conv1d", "conv2d", "conv3d", complex=True, itself=True)
+def conv(
+    function: Any, tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> tuple[Tensor, list[Any]]:  # fmt: skip
+    options = (stride, padding, dilation, groups)
+    weight = narrow(weight, autocast_dtype(weight))
+    if is_patches(input, weight, *options):
+        rows = [row and LinearTangent(*row[:3]) for row in tangents]
+        return patches_jvp(input, weight, bias, rows, narrow=narrow_tangents())
+    y, jvp = _convolution(function, input, weight, bias, options)
+    return y, evaluate(jvp, tangents)
 
 
-def _transposed_convolution(function: Callable[..., Any]) -> None:
-    @fused(function, complex=True)
-    def conv_transpose(
-        tangents: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-        padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-    ) -> tuple[Tensor, list[Any]]:  # fmt: skip
-        options = (stride, padding, output_padding, groups, dilation)
-        return _convolution_jvp(function, input, weight, bias, options, tangents)
-
-
-for _function in functions("conv1d", "conv2d", "conv3d"):
-    _convolution(_function)
-for _function in functions("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-    _transposed_convolution(_function)
+@jointly("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", complex=True, itself=True)
+def conv_transpose(
+    function: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> tuple[Tensor, Jvp]:  # fmt: skip
+    options = (stride, padding, output_padding, groups, dilation)
+    return _convolution(function, input, weight, bias, options)
 
 
 @rule(F.embedding, complex=True)
@@ -224,25 +215,21 @@ def _as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _grouped(function: Callable[..., Any]) -> None:
-    @jointly(function)
-    def grouped_mm(
-        mat_a: Tensor,
-        mat_b: Tensor,
-        offs: Tensor | None = None,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Jvp] | None:
-        """Each group of rows by a matrix of its own: the experts of a mixture."""
-        if bias is not None:
-            return None  # torch has an argument for it and no kernel
+@jointly("_grouped_mm", "grouped_mm", itself=True)
+def grouped_mm(
+    function: Callable[..., Any],
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Jvp] | None:
+    """Each group of rows by a matrix of its own: the experts of a mixture."""
+    if bias is not None:
+        return None  # torch has an argument for it and no kernel
 
-        def grouped(a: Tensor, b: Tensor) -> Tensor:
-            a, b = _as_laid_out(a, mat_a), _as_laid_out(b, mat_b)
-            return function(a, b, offs=offs, out_dtype=out_dtype)
+    def grouped(a: Tensor, b: Tensor) -> Tensor:
+        a, b = _as_laid_out(a, mat_a), _as_laid_out(b, mat_b)
+        return function(a, b, offs=offs, out_dtype=out_dtype)
 
-        return product(grouped, mat_a, mat_b)
-
-
-for _function in functions("_grouped_mm", "grouped_mm"):
-    _grouped(_function)
+    return product(grouped, mat_a, mat_b)

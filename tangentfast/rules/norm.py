@@ -94,8 +94,8 @@ def group_norm(
             dx, x, mean, rstd, None, *sizes, [True, False, False]
         )[0]
 
-    y, by_input, by_weight, by_bias = _affine(y, lambda: standardised()[1], normalised, weight)
-    return y, by_input, None, by_weight, by_bias
+    y, by_input, *by_others = _affine(y, lambda: standardised()[1], normalised, weight)
+    return y, by_input, None, *by_others
 
 
 def _by_own_statistics(
@@ -118,17 +118,18 @@ def _by_own_statistics(
     return _affine(y, lambda: standardised()[1], normalised, weight)
 
 
-def _batch_norm(
+@rule(torch.batch_norm)
+def aten_batch_norm(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
+    cudnn_enabled: bool = True,
 ) -> tuple[Any, ...]:
-    """y and its terms by input, weight and bias."""
     if running_mean is None and running_var is None:
         return _by_own_statistics(input, weight, bias, training, momentum, eps)
     if training or running_mean is None or running_var is None:
@@ -142,9 +143,6 @@ def _batch_norm(
     return _affine(y, lambda: (input - mean) * scale, lambda dx: dx * scale, weight)
 
 
-# A statistic with a tangent of its own takes the fallback.
-
-
 @rule(F.batch_norm)
 def batch_norm(
     input: Tensor,
@@ -156,26 +154,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Any, ...]:
-    y, by_input, by_weight, by_bias = _batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
+    y, by_input, *by_others = aten_batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps
     )
-    return y, by_input, None, None, by_weight, by_bias
-
-
-@rule(torch.batch_norm)
-def aten_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> tuple[Any, ...]:
-    """The same in the order of ``torch.batch_norm``."""
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y, by_input, None, None, *by_others
 
 
 @rule(F.instance_norm)

@@ -9,39 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangentfast.rules.registry import Jvp, functions, rule
+from tangentfast.rules.registry import Jvp, rule
 
 aten = torch.ops.aten
 
 
-def _softmax_jvp(y: Tensor, dim: int) -> Jvp:
+def _softmax(
+    function: Callable[..., Any], input: Tensor, dim: int | None, *rest: Any
+) -> tuple[Tensor, Jvp] | None:
     """The Jacobian diag(y) - y yᵀ is symmetric: torch's backward kernel is the JVP."""
-    return lambda dx: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
+    if dim is None:
+        return None
+    y = function(input, dim=dim, dtype=rest[-1])
+    return y, lambda dx: aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
 
 
-def _log_softmax_jvp(y: Tensor, dim: int) -> Jvp:
+def _log_softmax(
+    function: Callable[..., Any], input: Tensor, dim: int | None, *rest: Any
+) -> tuple[Tensor, Jvp] | None:
+    if dim is None:
+        return None
+    y = function(input, dim=dim, dtype=rest[-1])
+
     def jvp(dx: Tensor) -> Tensor:
         dx = dx.to(y.dtype)
         return dx - (dx * y.exp()).sum(dim, keepdim=True)
 
-    return jvp
+    return y, jvp
 
 
-def _normalising(function: Callable[..., Any], jvp_of: Callable[[Tensor, int], Jvp]) -> None:
-    stack = "_stacklevel=3 " if function in (F.softmax, F.log_softmax) else ""
-
-    @rule(function, parameters=f"input dim=None {stack}dtype=None")
-    def normalise(input: Tensor, dim: int | None, *rest: Any) -> tuple[Tensor, Jvp] | None:
-        if dim is None:
-            return None
-        y = function(input, dim=dim, dtype=rest[-1])
-        return y, jvp_of(y, dim)
-
-
-for _function in functions("softmax"):
-    _normalising(_function, _softmax_jvp)
-for _function in functions("log_softmax"):
-    _normalising(_function, _log_softmax_jvp)
+for _name, _forward in {"softmax": _softmax, "log_softmax": _log_softmax}.items():
+    rule(_name, parameters="input dim=None dtype=None", itself=True)(_forward)
+    _functional = getattr(F, _name)
+    rule(_functional, parameters="input dim=None _stacklevel=3 dtype=None", itself=True)(_forward)
 
 
 @rule("logsumexp")
@@ -55,53 +55,44 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> tuple[Tensor, J
     return (y if keepdim else y.squeeze(dim)), jvp
 
 
-def _selected(function: Callable[..., Any]) -> None:
-    """Functions that return (values, indices) of entries of x along dim; indices have no
-    tangent.
-    """
+def _entries(y: Any, dim: int, keepdim: bool) -> tuple[Any, Jvp]:
+    """(values, indices) of entries of x along dim; indices have no tangent."""
 
-    def pair(y: Any, input: Tensor, dim: int, keepdim: bool) -> tuple[Any, Jvp]:
-        def jvp(dx: Tensor) -> list[Tensor | None]:
-            index = y[1] if keepdim else y[1].unsqueeze(dim)
-            dy = torch.gather(dx, dim, index)
-            return [dy if keepdim else dy.squeeze(dim), None]
+    def jvp(dx: Tensor) -> list[Tensor | None]:
+        index = y[1] if keepdim else y[1].unsqueeze(dim)
+        dy = torch.gather(dx, dim, index)
+        return [dy if keepdim else dy.squeeze(dim), None]
 
-        return y, jvp
-
-    name = function.__name__
-    if name == "topk":
-
-        @rule(function)
-        def topk(
-            input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-        ) -> tuple[Any, Jvp]:
-            return pair(function(input, k, dim, largest, sorted), input, dim, True)
-    elif name == "sort":
-
-        @rule(function)
-        def sort(input: Tensor, dim: int = -1, descending: bool = False) -> tuple[Any, Jvp]:
-            return pair(function(input, dim, descending), input, dim, True)
-    else:
-
-        @rule(function)
-        def extreme(
-            input: Tensor, dim: Any = None, keepdim: bool = False
-        ) -> tuple[Any, Jvp] | None:
-            if dim is None:
-                y = function(input)
-
-                def share(dx: Tensor) -> Tensor:
-                    chosen = (input == y).to(dx.dtype)
-                    return (dx * chosen).sum() / chosen.sum()
-
-                return y, share
-            if isinstance(dim, Tensor):  # max(x, other)
-                return None
-            return pair(function(input, dim, keepdim), input, dim, keepdim)
+    return y, jvp
 
 
-for _function in functions("max", "min", "topk", "sort"):
-    _selected(_function)
+@rule("topk")
+def topk(
+    input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Any, Jvp]:
+    return _entries(torch.topk(input, k, dim, largest, sorted), dim, True)
+
+
+@rule("sort")
+def sort(input: Tensor, dim: int = -1, descending: bool = False) -> tuple[Any, Jvp]:
+    return _entries(torch.sort(input, dim, descending), dim, True)
+
+
+@rule("max", "min", itself=True)
+def extreme(
+    function: Callable[..., Any], input: Tensor, dim: Any = None, keepdim: bool = False
+) -> tuple[Any, Jvp] | None:
+    if isinstance(dim, Tensor):  # max(x, other)
+        return None
+    if dim is not None:
+        return _entries(function(input, dim, keepdim), dim, keepdim)
+    y = function(input)
+
+    def jvp(dx: Tensor) -> Tensor:
+        chosen = (input == y).to(dx.dtype)
+        return (dx * chosen).sum() / chosen.sum()
+
+    return y, jvp
 
 
 def _max_pool(name: str, with_indices: Callable[..., Any], spatial: int) -> None:
@@ -131,24 +122,20 @@ _max_pool("max_pool2d", F.max_pool2d_with_indices, 2)
 _max_pool("max_pool3d", F.max_pool3d_with_indices, 3)
 
 
-def _extreme(function: Callable[..., Any]) -> None:
-    """amax and amin: ties share the tangent, as they share the gradient."""
+@rule("amax", "amin", itself=True)
+def shared_extreme(
+    function: Callable[..., Any], input: Tensor, dim: Any = (), keepdim: bool = False
+) -> tuple[Tensor, Jvp]:
+    """Ties share the tangent, as they share the gradient."""
+    y = function(input, dim, keepdim=True)
 
-    @rule(function)
-    def extreme(input: Tensor, dim: Any = (), keepdim: bool = False) -> tuple[Tensor, Jvp]:
-        y = function(input, dim, keepdim=True)
+    def jvp(dx: Tensor) -> Tensor:
+        chosen = (input == y).to(dx.dtype)
+        dims = dim if dim != () else tuple(range(input.dim()))
+        dy = (dx * chosen).sum(dims, keepdim=True) / chosen.sum(dims, keepdim=True)
+        return dy if keepdim else dy.view(function(input, dim).shape)
 
-        def jvp(dx: Tensor) -> Tensor:
-            chosen = (input == y).to(dx.dtype)
-            dims = dim if dim != () else tuple(range(input.dim()))
-            dy = (dx * chosen).sum(dims, keepdim=True) / chosen.sum(dims, keepdim=True)
-            return dy if keepdim else dy.view(function(input, dim).shape)
-
-        return function(input, dim, keepdim=keepdim), jvp
-
-
-for _function in functions("amax", "amin"):
-    _extreme(_function)
+    return function(input, dim, keepdim=keepdim), jvp
 
 
 @rule("var")

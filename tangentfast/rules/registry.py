@@ -30,6 +30,7 @@ from torch import Tensor, is_grad_enabled
 from tangentfast._torch import set_grad_enabled
 
 Jvp = Callable[..., Any]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 Target = Callable[..., Any] | str  # a function, or the name of all functions that are called so
 Row = Sequence[Any] | None  # one tangent for each argument; None where none of them has one
 
@@ -127,9 +128,23 @@ def _parameters(of: Callable[..., Any] | str) -> list[inspect.Parameter]:
     ]
 
 
-def _register(targets: Iterable[Target], rule: Rule) -> None:
-    for function in each(targets):
-        RULES[function] = rule
+def _registering(
+    targets: Iterable[Target],
+    form: Decorator,
+    kind: str,
+    complex: bool,
+    parameters: str = "",
+    itself: bool = False,
+    skip: int = 0,
+) -> Decorator:
+    def decorate(written: Callable[..., Any]) -> Callable[..., Any]:
+        for function in each(targets):
+            own = partial(written, function) if itself else written
+            named = _parameters(parameters or own)[skip:]
+            RULES[function] = Rule(form(own), kind, complex, named)
+        return written
+
+    return decorate
 
 
 def evaluate(jvp: Jvp, rows: Sequence[Row]) -> list[Any]:
@@ -164,7 +179,7 @@ def _sum(jvps: Sequence[Jvp | None], *row: Any) -> Tensor | None:
             jvp = jvps[i] if i < len(jvps) else None
             if jvp is None:
                 raise _Uncovered
-            dy = jvp(dx) if dy is None else add(dy, jvp(dx))
+            dy = add(dy, jvp(dx))
     return dy
 
 
@@ -179,64 +194,55 @@ def _by_terms(forward: Callable[..., Any]) -> Callable[..., Any]:
         if answer is None:
             return None
         try:
-            return answer[0], evaluate(partial(_sum, answer[1:]), rows)
+            return answer[0], evaluate(terms(*answer[1:]), rows)
         except _Uncovered:
             return None
 
     return apply
 
 
+def _together(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(args: Sequence[Any], rows: Sequence[Row]) -> tuple[Any, list[Any]] | None:
+        answer = forward(*args)
+        return None if answer is None else (answer[0], evaluate(answer[1], rows))
+
+    return apply
+
+
+def _in_one_pass(body: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda args, rows: body(rows, *args)
+
+
 def rule(
-    *targets: Target, complex: bool = False, parameters: str = ""
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    *targets: Target, complex: bool = False, parameters: str = "", itself: bool = False
+) -> Decorator:
     """Register ``forward(*args) -> (y, jvp_1, …)``.
 
     Its parameters have torch's names and defaults, or `parameters` says them: ``"input dim=-1"``.
     Where there is no `jvp_i`, or None, no derivative is known here: a call that gives the argument
-    a tangent falls back.
+    a tangent falls back. `itself`: it gets torch's function first, one of the `targets`.
     """
-
-    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
-        _register(
-            targets, Rule(_by_terms(forward), "rule", complex, _parameters(parameters or forward))
-        )
-        return forward
-
-    return decorate
+    return _registering(targets, _by_terms, "rule", complex, parameters, itself)
 
 
 def jointly(
-    *targets: Target, complex: bool = False, parameters: str = ""
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    *targets: Target, complex: bool = False, parameters: str = "", itself: bool = False
+) -> Decorator:
     """Register ``forward(*args) -> (y, jvp)`` with ``jvp(*dargs)``, a tangent or None each."""
-
-    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def apply(args: Sequence[Any], rows: Sequence[Row]) -> tuple[Any, list[Any]] | None:
-            answer = forward(*args)
-            return None if answer is None else (answer[0], evaluate(answer[1], rows))
-
-        _register(targets, Rule(apply, "rule", complex, _parameters(parameters or forward)))
-        return forward
-
-    return decorate
+    return _registering(targets, _together, "rule", complex, parameters, itself)
 
 
-def fused(
-    *targets: Target, complex: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fused(*targets: Target, complex: bool = False, itself: bool = False) -> Decorator:
     """Register ``body(rows, *args) -> (y, dys)``, which gets all K rows of tangents at once."""
-
-    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        def apply(args: Sequence[Any], rows: Sequence[Row]) -> Any:
-            return body(rows, *args)
-
-        _register(targets, Rule(apply, "fused", complex, _parameters(body)[1:]))
-        return body
-
-    return decorate
+    return _registering(targets, _in_one_pass, "fused", complex, itself=itself, skip=1)
 
 
-def write(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def composite(*targets: Target, itself: bool = False) -> Decorator:
+    """Register a function of dual numbers that is written in terms of functions that have rules."""
+    return _registering(targets, lambda body: body, "composite", True, itself=itself)
+
+
+def write(*names: str) -> Decorator:
     """Register ``forward(*args) -> jvp`` for writes in place, by their names; see `WRITES`."""
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,20 +255,9 @@ def write(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def composite(*targets: Target) -> Callable[[Any], Any]:
-    """Register a function of dual numbers that is written in terms of functions that have rules."""
-
-    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        _register(targets, Rule(body, "composite", True, _parameters(body)))
-        return body
-
-    return decorate
-
-
 def linear_in_first(*targets: Target) -> None:
     """Functions linear in their first argument are their own JVP; the others are constants."""
-    for function in each(targets):
-        RULES[function] = Rule(function, "linear")
+    RULES.update({function: Rule(function, "linear") for function in each(targets)})
 
 
 def jointly_linear(parameters: str, at: tuple[int, ...], *targets: Target) -> None:
@@ -270,18 +265,16 @@ def jointly_linear(parameters: str, at: tuple[int, ...], *targets: Target) -> No
 
     A tangent that is missing is a zero that takes no memory.
     """
-    for function in each(targets):
 
-        def forward(*args: Any, f: Callable[..., Any] = function) -> tuple[Any, Jvp]:
-            def jvp(*row: Any) -> Any:
-                moved = list(args)
-                for i in at:
-                    moved[i] = filled(row[i], args[i])
-                return f(*moved)
+    @jointly(*targets, complex=True, parameters=parameters, itself=True)
+    def forward(function: Callable[..., Any], *args: Any) -> tuple[Any, Jvp]:
+        def jvp(*row: Any) -> Any:
+            moved = list(args)
+            for i in at:
+                moved[i] = filled(row[i], args[i])
+            return function(*moved)
 
-            return f(*args), jvp
-
-        jointly(function, complex=True, parameters=parameters)(forward)
+        return function(*args), jvp
 
 
 def filled(dx: Any, x: Any) -> Any:
@@ -295,16 +288,14 @@ def filled(dx: Any, x: Any) -> Any:
 
 def constant(*targets: Target, complex: bool = True) -> None:
     """Functions whose derivative is zero wherever it exists; their result has no tangent."""
-    for function in each(targets):
-        RULES[function] = Rule(function, "constant", complex)
+    RULES.update({function: Rule(function, "constant", complex) for function in each(targets)})
 
 
 def metadata(*targets: Target) -> None:
     """Functions that ask for shape, dtype, device, hooks or autograd state; the primal answers."""
-    for function in each(targets):
-        RULES[function] = Rule(function, "metadata")
+    RULES.update({function: Rule(function, "metadata") for function in each(targets)})
 
 
 def forbidden(reason: str, *targets: Target) -> None:
     """Functions that would lose the tangent without a word; `reason` says why and what to do."""
-    _register(targets, Rule(lambda: reason, "forbidden"))
+    RULES.update(dict.fromkeys(each(targets), Rule(lambda: reason, "forbidden")))

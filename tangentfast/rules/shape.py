@@ -13,7 +13,6 @@ from tangentfast.rules.registry import (
     Inexact,
     Jvp,
     filled,
-    functions,
     jointly,
     jointly_linear,
     linear_in_first,
@@ -67,37 +66,29 @@ jointly_linear("input src dim=0 start=None end=None step=1", (0, 1), "slice_scat
 jointly_linear("input src offset=0 dim1=0 dim2=1", (0, 1), "diagonal_scatter")
 
 
-def _shaped_like(function: Callable[..., Any]) -> None:
-    """f(x, other) takes shape or dtype, and nothing else, from `other`."""
-
-    @rule(function, complex=True)
-    def like(x: Tensor, other: Tensor) -> tuple[Tensor, Jvp, Jvp]:
-        return function(x, other), lambda dx: function(dx, other), zero
+@rule("view_as", "expand_as", "reshape_as", "type_as", complex=True, itself=True)
+def shaped_like(function: Callable[..., Any], x: Tensor, other: Tensor) -> tuple[Tensor, Jvp, Jvp]:
+    """It takes shape or dtype, and nothing else, from `other`."""
+    return function(x, other), lambda dx: function(dx, other), zero
 
 
-for _function in functions("view_as", "expand_as", "reshape_as", "type_as"):
-    _shaped_like(_function)
-
-
-def _one_by_one(function: Callable[..., Any]) -> None:
+@jointly(
+    *(torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors),
+    complex=True,
+    itself=True,
+)
+def one_by_one(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Jvp] | None:
     """Each of several tensors, or the only one, in another shape."""
+    if not isinstance(tensors[0], Tensor):  # a list of them
+        return None
 
-    @jointly(function, complex=True)
-    def reshaped(*tensors: Tensor) -> tuple[Any, Jvp] | None:
-        if not isinstance(tensors[0], Tensor):  # a list of them
-            return None
+    def jvp(*row: Tensor | None) -> Any:
+        dys = function(*map(filled, row, tensors))
+        if isinstance(dys, Tensor):
+            return dys
+        return [None if dx is None else dy for dx, dy in zip(row, dys, strict=True)]
 
-        def jvp(*row: Tensor | None) -> Any:
-            dys = function(*map(filled, row, tensors))
-            if isinstance(dys, Tensor):
-                return dys
-            return [None if dx is None else dy for dx, dy in zip(row, dys, strict=True)]
-
-        return function(*tensors), jvp
-
-
-for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors):
-    _one_by_one(_function)
+    return function(*tensors), jvp
 
 
 @rule("pad", "constant_pad_nd", complex=True)
@@ -111,23 +102,24 @@ def pad(
     return F.pad(input, pad, mode, value), lambda dx: F.pad(dx, pad, mode)
 
 
-def _as_strided(function: Callable[..., Any]) -> None:
-    @rule(function, complex=True)
-    def as_strided(
-        input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
-    ) -> tuple[Tensor, Jvp]:
-        start = 0 if storage_offset is None else storage_offset - input.storage_offset()
-        dense = _span(input.shape, input.stride()) == input.numel()
-        if not dense or start < 0 or start + _span(size, stride) > input.numel():
-            raise Inexact("it reads memory outside of its argument; index that instead.")
+@rule("as_strided", "as_strided_copy", complex=True, itself=True)
+def as_strided(
+    function: Callable[..., Any],
+    input: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> tuple[Tensor, Jvp]:
+    start = 0 if storage_offset is None else storage_offset - input.storage_offset()
+    dense = _span(input.shape, input.stride()) == input.numel()
+    if not dense or start < 0 or start + _span(size, stride) > input.numel():
+        raise Inexact("it reads memory outside of its argument; index that instead.")
 
-        def jvp(dx: Tensor) -> Tensor:
-            memory = torch.empty_strided(
-                input.shape, input.stride(), dtype=dx.dtype, device=dx.device
-            )
-            return memory.copy_(dx).as_strided(size, stride, start)
+    def jvp(dx: Tensor) -> Tensor:
+        memory = torch.empty_strided(input.shape, input.stride(), dtype=dx.dtype, device=dx.device)
+        return memory.copy_(dx).as_strided(size, stride, start)
 
-        return function(input, size, stride, storage_offset), jvp
+    return function(input, size, stride, storage_offset), jvp
 
 
 def _span(size: Sequence[int], stride: Sequence[int]) -> int:
@@ -135,10 +127,6 @@ def _span(size: Sequence[int], stride: Sequence[int]) -> int:
     if 0 in size:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-
-
-for _function in functions("as_strided", "as_strided_copy"):
-    _as_strided(_function)
 
 
 @jointly("as_strided_scatter", complex=True)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from truth import TOLERANCE, rounding, units
 
-from tangentfast.ops.attention import AttentionTangent, attention_jvp
-from tangentfast.ops.attention.packed import is_packed, unbind
+from tangentfast.ops.attention import AttentionTangent, attention_jvp, packed_attention_jvp
 from tangentfast.ops.backend import load_native
 
 NATIVE = load_native()[0] is not None
@@ -57,7 +56,7 @@ class Call:
         dmask = draw(n, 1, t, s) if mask == "added" else None
         q, k, v = (draw(*x.shape) for x in self.operands)
         self.rows: list[Any] = [
-            AttentionTangent(q, k, v, dmask), AttentionTangent(dq=q), AttentionTangent(dk=k),
+            AttentionTangent(q, k, v, dmask), AttentionTangent(q), AttentionTangent(dk=k),
             AttentionTangent(dv=v), None,
         ]  # fmt: skip
         self.gqa = hk != h
@@ -114,68 +113,6 @@ def test_reference_is_torch_func_jvp() -> None:
     y, dy = torch.func.jvp(plain, primals, tuple(call.rows[0]))
     o, dos = call("reference")
     assert units([o, dos[0]], [y, dy]) <= TOLERANCE[torch.float64]
-
-
-def check_packed_gradients(
-    backend: str, batch_first: bool, dtype: torch.dtype, device: str = "cpu"
-) -> None:
-    """One gradient of a packed projection, in its layout: the numbers are those of three."""
-    order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
-    packed = torch.randn(2, 5, 3, 4, 8, device=device).to(dtype).requires_grad_()
-    q, k, v = unbind(packed.permute(order))
-    assert is_packed(q, k, v)
-    o, _ = attention_jvp(q, k, v, None, 0.0, False, None, False, [], backend)
-    weight = torch.linspace(-1, 1, o.numel()).view(o.shape).to(o)
-    dq, dk, dv, whole = torch.autograd.grad(o, (q, k, v, packed), weight, retain_graph=True)
-    if backend != "reference":
-        assert len({t.untyped_storage().data_ptr() for t in (dq, dk, dv, whole)}) == 1
-        assert whole.stride() == packed.stride()
-    assert torch.equal(whole, torch.stack([dq, dk, dv]).permute(*map(order.index, range(5))))
-    apart = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    assert not is_packed(*apart)
-    y, _ = attention_jvp(*apart, None, 0.0, False, None, False, [], backend)
-    for got, want in zip((dq, dk, dv), torch.autograd.grad(y, apart, weight), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_gradients(backend: str, dtype: torch.dtype, batch_first: bool) -> None:
-    check_packed_gradients(backend, batch_first, dtype)
-
-
-def test_unbind_is_torch_unbind() -> None:
-    """Whatever becomes of the slices: used twice, in another order, one not at all."""
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    whole = torch.randn(3, 2, 4, dtype=torch.float64)
-    uses: list[Any] = [
-        lambda a, b, c: a * b.sin() + c + a,
-        lambda a, b, c: a * whole[0] + b * whole[1] + c * whole[2],
-        lambda a, b, c: a * whole[1] + b * whole[0] + c * whole[2],
-        lambda a, b, c: b * b,
-        lambda a, b, c: torch.stack([a, b, c]) * whole,
-        lambda a, b, c: torch.stack([b, a, c]),
-        lambda a, b, c: torch.cat([a, b, c]).mT,
-    ]
-    for use in uses:
-        ours, theirs = (use(*f(x, 1)) for f in (unbind, torch.unbind))
-        weight = torch.randn_like(ours)
-        (g,), (want,) = (torch.autograd.grad(y, x, weight) for y in (ours, theirs))
-        torch.testing.assert_close(g, want, rtol=0, atol=0)
-    assert torch.autograd.gradgradcheck(lambda x: uses[0](*unbind(x, 1)), x)
-
-
-@native_only
-def test_second_derivative() -> None:
-    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    k, v = (t[:, :1].detach().requires_grad_() for t in (k, v))
-    mask = torch.randn(5, 5, dtype=torch.float64)
-
-    def primal(*operands: Tensor) -> Tensor:
-        return attention_jvp(*operands, mask, 0.0, True, 0.7, True, [], "native")[0]
-
-    assert torch.autograd.gradgradcheck(primal, (q, k, v))
 
 
 @native_only
@@ -291,22 +228,6 @@ def test_opcheck_and_arguments() -> None:
 
 
 @native_only
-def test_opcheck_of_the_backward() -> None:
-    op = torch.ops.tangentfast.attention_backward
-    q, k, v = torch.randn(3, 2, 4, 5, 8)
-    for given in (q, torch.randn(5, 2, 4, 8).permute(1, 2, 0, 3)):
-        o, lse, _ = torch.ops.tangentfast.attention_jvp(
-            given, k, v, None, False, 0.5, [], [], [], [], True
-        )
-        for packed in (False, True):
-            torch.library.opcheck(
-                op.default, (torch.ones_like(o), given, k, v, o, lse, None, False, 0.5, packed)
-            )
-    with pytest.raises(ValueError, match=r"k has shape \[2, 4, 4, 8\], expected \[2, 4, 5, 8"):
-        op(o, q, k[:, :, 1:], v[:, :, 1:], o, lse, None, False, 0.5, True)
-
-
-@native_only
 def test_autocast_as_torch_does() -> None:
     q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
@@ -315,3 +236,55 @@ def test_autocast_as_torch_does() -> None:
         )
         assert o.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     assert do.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def packed(order: str, causal: bool, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """One tensor for q, k and v, batch or sequence first, against three of their own."""
+    shape = (3, 7, 3, 2, 5) if order == "batch" else (7, 3, 3, 2, 5)
+    draws = [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(3)]
+    qkv, *dqkv = (t if order == "batch" else t.transpose(0, 1) for t in draws)
+    mask = None if causal else torch.randn(3, 1, 7, 7, dtype=torch.float64).to(device, dtype)
+    qkv.requires_grad_()
+    o, dos = packed_attention_jvp(qkv, mask, causal, [dqkv[0], None, dqkv[1]], backend)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    rows = [AttentionTangent(*t.permute(2, 0, 3, 1, 4)) for t in dqkv]
+    theirs = attention_jvp(
+        q, k, v, mask, 0.0, causal, None, False, [rows[0], None, rows[1]], backend
+    )
+    assert dos[1] is None
+    assert torch.equal(o, theirs[0])
+    assert all(torch.equal(dos[i], theirs[1][i]) for i in (0, 2))  # type: ignore[arg-type]
+    weight = torch.randn_like(o)
+    (grad,) = torch.autograd.grad(o, qkv, weight)
+    assert torch.equal(grad, torch.autograd.grad(theirs[0], qkv, weight)[0])
+    if backend != "reference":
+        assert grad.stride() == qkv.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("order", ["batch", "sequence"])
+def test_packed(order: str, causal: bool, dtype: torch.dtype, backend: str) -> None:
+    packed(order, causal, dtype, backend)
+
+
+@native_only
+def test_opcheck_of_the_backward() -> None:
+    op = torch.ops.tangentfast.attention_backward
+    qkv = torch.randn(5, 2, 3, 4, 8).transpose(0, 1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    o, lse, _ = torch.ops.tangentfast.attention_jvp(q, k, v, None, False, 0.5, [], [], [], [], True)
+    for together in (False, True):
+        torch.library.opcheck(op.default, (o, q, k, v, o, lse, None, False, 0.5, together))
+    with pytest.raises(ValueError, match="packed is for q, k and v of one shape"):
+        op(o, q, k[:, :, :3], v[:, :, :3], o, lse, None, False, 0.5, True)
+
+
+@native_only
+def test_no_second_derivative() -> None:
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    o, _ = attention_jvp(q, q, q, None, 0.0, False, None, False, [AttentionTangent(q)], "native")
+    (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentfast.info import info
+from tangentfast.ops import contract
 from tangentfast.ops.contract import (
     OPS,
     YES,
@@ -139,3 +142,33 @@ def test_nothing_of_the_tangents_is_kept() -> None:
     assert alive() is None
     y.sum().backward()
     assert x.grad is not None
+
+
+def test_the_op_of_contributing() -> None:
+    """The example in CONTRIBUTING.md is whole: with a kernel for the CPU it runs and derives."""
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    section = page[page.index("## Adding an op") :]
+    code = section.split("```python\n")[1].split("```")[0]
+
+    def square(x: Tensor, dx: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            dys = [2 * x * d for d in dx]
+        return x * x, dys
+
+    names: dict[str, Any] = {name: getattr(contract, name) for name in dir(contract)}
+    names |= {"NamedTuple": NamedTuple, "reference": Namespace(square_jvp=square)}
+    exec(code, names)
+    torch.library.impl("tangentfast::square_jvp", "CPU", square)
+    try:
+        x, dx = torch.randn(3, requires_grad=True), torch.randn(3)
+        for backend in ("native", "reference"):
+            y, (dy, none) = names["square_jvp"](x, [names["SquareTangent"](dx), None], backend)
+            (grad,) = torch.autograd.grad(y.sum(), x)
+            assert torch.equal(y, x * x)
+            assert torch.equal(dy, 2 * x * dx)
+            assert torch.equal(grad, 2 * x)
+            assert none is None
+            assert not dy.requires_grad
+        assert info().ops["square_jvp"]["cpu"] == {"native": "", "reference": ""}
+    finally:
+        del OPS["square_jvp"]

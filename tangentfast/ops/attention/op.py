@@ -8,19 +8,18 @@ arXiv:2205.14135).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tangentfast.ops.attention import reference
-from tangentfast.ops.attention.packed import is_packed
+from tangentfast.ops.attention.unbind import together
 from tangentfast.ops.contract import (
-    KERNEL_DTYPES,
-    YES,
     Op,
     Provider,
     Reason,
@@ -28,6 +27,7 @@ from tangentfast.ops.contract import (
     define,
     define_triton,
     in_places,
+    kernel_dtypes,
     plain,
     with_vjp,
 )  # fmt: skip
@@ -37,7 +37,7 @@ TRITON_WIDTH = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 class AttentionTangent(NamedTuple):
-    """Of the tensors of attention; None is zero."""
+    """Of attention's tensors; None is zero."""
 
     dq: Tensor | None = None
     dk: Tensor | None = None
@@ -64,71 +64,118 @@ def attention_jvp(
         mask: boolean (True: attend) or added to the scores; broadcast to [..., H, T, S]; or None.
         dropout, causal, scale, gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
         tangents: K of them, each tensor shaped like its primal.
-        backend: ``"native"``, ``"triton"``, ``"reference"`` or None (see `ops.backend`).
+        backend: ``"native"``, ``"triton"``, ``"reference"`` or None (see `ops.backend`). Dropout,
+            empty tensors and operands whose batch dimensions differ run on the reference; with
+            Triton also float64, and heads wider than 256 (float32: 128).
 
     Returns:
         o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one.
     """
-    provider = ATTENTION.reference
-    if not _irregular(q, k, v, mask, dropout, gqa):
-        provider = ATTENTION.provider(q.device, backend, q, v)
+    return _attention((q, k, v), mask, dropout, causal, scale, gqa, tangents, backend)
+
+
+def packed_attention_jvp(
+    qkv: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    tangents: Sequence[Tensor | None],
+    backend: str | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`attention_jvp` of the three parts of one tensor, whose gradient is written in one piece.
+
+    Args:
+        qkv: [N, T, 3, H, D], in any order of memory in which D is contiguous.
+        mask, causal, backend: as there.
+        tangents: K of qkv, or None.
+
+    Returns:
+        o [N, H, T, D], whose memory is [N, T, H, D] (or [T, N, H, D] where that of qkv is so), and
+        K tangents of o.
+    """
+    rows = [None if t is None else AttentionTangent(*reference.parts(t)) for t in tangents]
+    return _attention((qkv,), mask, 0.0, causal, None, False, rows, backend)
+
+
+def _attention(
+    primals: tuple[Tensor, ...], mask: Tensor | None, dropout: float, causal: bool,
+    scale: float | None, gqa: bool, tangents: Sequence[AttentionTangent | None],
+    backend: str | None,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """Of q, k and v, or of a packed qkv."""
+    q, k, v = _operands(primals)
+    provider = ATTENTION.provider(q.device, backend, q, k, v, mask, dropout, gqa)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    dq, dk, dv, dmask = columns(tangents, 4)
+    tangents = [t if t and any(d is not None for d in t) else None for t in tangents]
+    given = columns(tangents, 4)
+    dos: Sequence[Tensor]
     if provider is ATTENTION.reference:
-        o, dos = provider.run(q, k, v, mask, dropout, causal, scale, gqa, dq, dk, dv, dmask)
+        dq, dk, dv, dmask = given
+        o, dos = reference.attention_jvp(
+            q, k, v, mask, causal, scale, dq, dk, dv, dmask, dropout, gqa
+        )
         return o, in_places(tangents, dos)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
-    scores = (*q.shape[:-1], k.shape[-2])
-    added = None if mask is None else _four(_added(mask, q).expand(scores))
-    rows = (
-        *([None if t is None else _four(t.to(q.dtype)) for t in column] for column in (dq, dk, dv)),
-        [None if t is None else _four(t.to(wide(q)).expand(scores)) for t in dmask],
-    )
-    run = partial(_run, provider.run, q, k, v, added, causal, scale, rows)
+        primals = tuple(t.to(dtype) for t in primals)
     if mask is not None and mask.requires_grad:  # to which the kernel's backward gives none
+        q, k, v = _operands(primals)
         o = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
         )
+        if not given[0]:
+            return o, [None] * len(tangents)
         with torch.no_grad():
-            dos = run((), primal=False)[1] if dq else []
+            dos = _run(provider, primals, mask.detach(), causal, scale, given, False, ())[1]
     else:
-        o, dos = with_vjp(run, partial(_vjp, backend, causal, scale), q, k, v)
+        o, dos = with_vjp(
+            partial(_run, provider, primals, mask, causal, scale, given, True),
+            partial(_vjp, provider, causal, scale),
+            *primals,
+        )
     return o, in_places(tangents, dos)
 
 
 def _irregular(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, gqa: bool
 ) -> Reason:
-    """Why nothing but the reference takes this call."""
+    """Why nothing but torch's own functions takes this call."""
     if dropout:
-        return "dropout draws its mask as torch does"
-    if not 2 < q.dim() == k.dim() == v.dim() or not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
-        return "batch dimensions that differ, or no heads"
-    if k.shape[-3:-1] != v.shape[-3:-1] or not (gqa or q.shape[-3] == k.shape[-3]):
-        return "heads that are broadcast"
-    if 0 in (q.numel(), k.numel(), v.numel()):
-        return "nothing to compute"
-    if mask is not None:
-        if mask.dtype not in (torch.bool, q.dtype, torch.float32):
-            return f"a mask of {mask.dtype}"
-        if mask.dim() > q.dim():
-            return "a mask of more dimensions than q"
-    return plain(q, k, v, mask)
+        return "dropout draws a mask"
+    batch, (heads, shared) = q.shape[:-3], (x.shape[-3:-2] for x in (q, k))
+    if (
+        not 2 < q.dim() == k.dim() == v.dim()
+        or not batch == k.shape[:-3] == v.shape[:-3]
+        or not (gqa or heads == shared)
+        or k.shape[-3:-1] != v.shape[-3:-1]
+        or 0 in (q.numel(), k.numel(), v.numel())
+    ):
+        return "operands that are broadcast, empty or without heads"
+    if mask is not None and (
+        mask.dtype not in (torch.bool, q.dtype, torch.float32) or mask.dim() > q.dim()
+    ):
+        return f"a mask of {mask.dtype} with {mask.dim()} dimensions"
+    return kernel_dtypes(q) or plain(q, k, v, mask)
 
 
-def wide(q: Tensor) -> torch.dtype:
-    """The precision of masks and of the log-sum-exp."""
-    return torch.promote_types(q.dtype, torch.float32)
+def _not_in_triton(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Reason:
+    width = max(q.shape[-1], v.shape[-1])
+    if width > TRITON_WIDTH.get(q.dtype, 0):
+        return f"no Triton kernel for heads of {width} in {q.dtype}"
+    return _irregular(q, k, v, *rest)
 
 
-def _added(mask: Tensor, q: Tensor) -> Tensor:
-    """The mask as a summand in the kernel's own precision, not yet broadcast."""
-    mask = mask.detach()
+def _operands(primals: Sequence[Tensor]) -> Sequence[Tensor]:
+    """q, k and v."""
+    return primals if len(primals) == 3 else reference.parts(primals[0])
+
+
+def _added(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as a summand in the kernel's own precision, [N, H, T, S]."""
+    if mask is None:
+        return None
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=wide(q)).masked_fill_(~mask, -math.inf)
-    return mask.to(wide(q))
+        mask = torch.zeros_like(mask, dtype=wide(q)).masked_fill_(~mask, -math.inf)
+    return _four(mask.to(wide(q)).expand(*q.shape[:-1], k.shape[-2]))
 
 
 def _four(t: Tensor) -> Tensor:
@@ -137,57 +184,74 @@ def _four(t: Tensor) -> Tensor:
 
 
 def _run(
-    kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
-    scale: float, rows: Sequence[list[Tensor | None]], needs: Sequence[bool], primal: bool = True,
-) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None]]:  # fmt: skip
-    o, lse, dos = kernel(*map(_four, (q, k, v)), mask, causal, scale, *rows, primal)
+    provider: Provider, primals: Sequence[Tensor], mask: Tensor | None, causal: bool, scale: float,
+    given: Sequence[Sequence[Tensor | None]], primal: bool, needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Sequence[Tensor | None]]:  # fmt: skip
+    """On the shapes of the schema; the results in those of the call."""
+    q, k, v = _operands(primals)
+    added = _added(mask, q, k)
+    operands = [
+        [None if t is None else _four(t.to(x.dtype)) for t in column]
+        for x, column in zip((q, k, v), given, strict=False)
+    ]
+    dmask = [_added(t, q, k) for t in given[3]]
+    o, lse, dos = provider.run(
+        *map(_four, (q, k, v)), added, causal, scale, *operands, dmask, primal
+    )
     if q.dim() != 4:
         shape = (*q.shape[:-1], v.shape[-1])
         o, dos = o.reshape(shape) if primal else o, [do.reshape(shape) for do in dos]
-    return o, dos, (q, k, v, o, lse, mask)
+    return o, dos, (*primals, o, lse, added)
 
 
+@once_differentiable
 def _vjp(
-    backend: str | None, causal: bool, scale: float, needs: Sequence[bool], grad: Tensor, q: Tensor,
-    k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None,
-) -> Sequence[Tensor]:  # fmt: skip
-    """Gradients of q, k and v: of slices of one tensor, slices of one."""
-    operands = [_four(t) for t in (grad, q, k, v, o)]
-    provider = BACKWARD.reference  # for a second derivative
-    if not torch.is_grad_enabled():
-        provider = BACKWARD.provider(q.device, backend, q, v)
-    grads = provider.run(*operands, lse, mask, causal, scale, is_packed(*operands[1:4]))
-    grads = grads if len(grads) == 3 else grads[0].unbind(0)
-    return [t.reshape(x.shape) for t, x in zip(grads, (q, k, v), strict=True)]
+    provider: Provider, causal: bool, scale: float, needs: Sequence[bool], grad: Tensor,
+    *saved: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of the primals."""
+    *primals, o, lse, mask = saved
+    q, k, v = _operands(primals)
+    backward = attention_backward_triton if provider.backend == "triton" else attention_backward
+    # Parts of one tensor get parts of one gradient, which needs no copy where they part.
+    shared = len(primals) == 3 and q.dim() == 4 and together(primals) is not None
+    packed = len(primals) == 1 or shared
+    grads = backward(*map(_four, (grad, q, k, v, o)), lse, mask, causal, scale, packed)
+    grads = reference.parts(grads[0]) if shared else grads
+    return tuple(g.reshape(x.shape) for g, x in zip(grads, primals, strict=True))
 
 
-def heads_inside(like: Tensor, columns: int, count: int = 1) -> Tensor:
-    """`count` empty [N, H, rows, columns] on top of each other, as csrc/attention/cpu.cpp lays
-    them out: the heads of all beside each other, batch and rows in the order of `like`.
+def wide(q: Tensor) -> torch.dtype:
+    """The precision of masks and of the log-sum-exp."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _heads_inside(like: Tensor, *columns: int) -> Tensor:
+    """[N, rows, *columns, D], as csrc/attention/cpu.cpp lays it out: heads beside each other, and
+    batch and rows in the order of `like` [N, H, rows, ...].
     """
-    n, h, t, _ = like.shape
+    n, _, t, _ = like.shape
     if like.stride(0) < like.stride(2) and n > 1:
-        return like.new_empty(t, n, count, h, columns).permute(2, 1, 3, 0, 4)
-    return like.new_empty(n, t, count, h, columns).permute(2, 0, 3, 1, 4)
+        return like.new_empty(t, n, *columns).transpose(0, 1)
+    return like.new_empty(n, t, *columns)
 
 
 def jvp_outputs(
     q: Tensor, v: Tensor, count: int, primal: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """o, its log-sum-exp (both empty unless `primal`), and `count` tangents of o."""
+    """o, its log-sum-exp (both empty unless `primal`), and `count` tangents of o; without data."""
     n, h, t, _ = q.shape
-    dos = [heads_inside(q, v.shape[-1])[0] for _ in range(count)]
+    o, *dos = (_heads_inside(q, h, v.shape[-1]).transpose(1, 2) for _ in range(1 + count))
     if not primal:
         return q.new_empty(0), q.new_empty(0, dtype=wide(q)), dos
-    lse = q.new_empty(n, t, h, dtype=wide(q)).transpose(1, 2)
-    return heads_inside(q, v.shape[-1])[0], lse, dos
+    return o, q.new_empty(n, t, h, dtype=wide(q)).transpose(1, 2), dos
 
 
 def backward_outputs(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> list[Tensor]:
-    """Gradients of q, k and v; if `packed`, in one [3, N, H, T, D]."""
+    """Gradients of q, k and v, or one [N, T, 3, H, D] of all; without data."""
     if packed:
-        return [heads_inside(q, q.shape[-1], 3)]
-    return [heads_inside(x, x.shape[-1])[0] for x in (q, k, v)]
+        return [_heads_inside(q, 3, q.shape[1], q.shape[3])]
+    return [_heads_inside(x, x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v)]
 
 
 def _fake_jvp(
@@ -204,41 +268,28 @@ def _fake_backward(
     return backward_outputs(q, k, v, packed)
 
 
-# q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, Dv], mask added to [N, H, T, S]. Returns
+# q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, Dv], mask added to [N, H, T, S]; K tangents. Returns
 # o [N, H, T, Dv], its log-sum-exp [N, H, T] (both empty unless `primal`), and K tangents of o.
 JVP = (
     "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
     "Tensor?[] dq, Tensor?[] dk, Tensor?[] dv, Tensor?[] dmask, bool primal) "
     "-> (Tensor o, Tensor lse, Tensor[] do)"
 )
-# Gradients of q, k and v from that of o, with o and lse as attention_jvp gave them. packed: in one
-# [3, N, H, T, D], in memory [N, T, 3, H, D] as one projection gives it, or [T, N, 3, H, D].
-VJP = (
+# Gradients of q, k and v from that of o, with o and lse as attention_jvp gave them; or, of three
+# operands of one shape, one packed gradient [N, T, 3, H, D].
+BACKWARD = (
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
     "Tensor? mask, bool causal, float scale, bool packed) -> Tensor[]"
 )
-_TRITON = "tangentfast.ops.attention.triton"
-
-
-def _takes(q: Tensor, v: Tensor) -> Reason:
-    return YES if q.dtype in KERNEL_DTYPES else f"no kernel computes in {q.dtype}"
-
-
-def _takes_triton(q: Tensor, v: Tensor) -> Reason:
-    width, widest = max(q.shape[-1], v.shape[-1]), TRITON_WIDTH.get(q.dtype, 0)
-    return YES if width <= widest else f"heads of {width} in {q.dtype}, at most {widest} fit"
-
-
-def _table(schema: str, fake: Callable[..., Any], fallback: Callable[..., Any]) -> Op:
-    name = schema.partition("(")[0]
-    return Op(
-        name,
-        Provider("triton", define_triton(schema, _TRITON, fake), _takes_triton, name,
-                 unasked=("cuda",)),
-        Provider("native", define(schema, fake), _takes, name, unasked=("cpu",)),
-        Provider("reference", fallback),
-    )  # fmt: skip
-
-
-ATTENTION = _table(JVP, _fake_jvp, reference.attention_jvp)
-BACKWARD = _table(VJP, _fake_backward, reference.attention_backward)
+TRITON = "tangentfast.ops.attention.triton"
+attention_backward = define(BACKWARD, _fake_backward)
+attention_backward_triton = define_triton(BACKWARD, TRITON, _fake_backward)
+ATTENTION = Op(
+    "attention_jvp",
+    Provider("native", define(JVP, _fake_jvp), _irregular, "attention_jvp", unasked=("cpu",)),
+    Provider(
+        "triton", define_triton(JVP, TRITON, _fake_jvp), _not_in_triton, "attention_jvp",
+        unasked=("cuda",),
+    ),
+    Provider("reference", reference.attention_jvp),
+)  # fmt: skip

@@ -11,16 +11,33 @@ from torch import Tensor
 
 
 def attention_jvp(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool,
-    scale: float, gqa: bool, dq: Sequence[Tensor | None], dk: Sequence[Tensor | None],
-    dv: Sequence[Tensor | None], dmask: Sequence[Tensor | None],
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dq: Sequence[Tensor | None],
+    dk: Sequence[Tensor | None],
+    dv: Sequence[Tensor | None],
+    dmask: Sequence[Tensor | None],
+    dropout: float = 0.0,
+    gqa: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
     """o = P v with P = softmax(S), S = scale q kᵀ + mask, and
 
         dS = scale (dq kᵀ + q dkᵀ) + dmask,   dP = P ∘ (dS - rowsum(P ∘ dS)),   do = dP v + P dv.
 
-    Shapes as `ops.attention.attention_jvp` has them. P is held in memory while this function runs;
-    its softmax is computed in float32 for 16-bit inputs. Dropout draws its mask as torch does.
+    Args:
+        q: [..., H, T, D]; k: [..., Hk, S, D]; v: [..., Hk, S, Dv]; Hk = H unless `gqa`.
+        mask: boolean (True: attend) or added to S; broadcast to [..., H, T, S]; or None.
+        causal, scale, gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
+        dq, dk, dv, dmask: K of each, shaped like its primal; of each K one is not None.
+        dropout: probability of dropping an entry of P; the mask is drawn as torch draws it.
+
+    Returns:
+        o [..., H, T, Dv], with its ordinary graph, and K tangents of o, without one. P is held in
+        memory while this function runs; its softmax is computed in float32 for 16-bit inputs.
     """
     if dropout > 0:
         weights = _probabilities(q, k, mask, causal, scale, gqa)
@@ -38,45 +55,31 @@ def attention_jvp(
         p = _probabilities(q, k, mask, causal, scale, gqa)
         dropped = p if keep is None else p * keep
         keys, values = _heads(k, q, gqa), _heads(v, q, gqa)
-        dos: list[Tensor] = []
-        for tq, tk, tv, tmask in zip(dq, dk, dv, dmask, strict=True):
+        dos = []
+        for a, b, c, m in zip(dq, dk, dv, dmask, strict=True):
             ds = None
-            if tq is not None:
-                ds = (tq.to(o.dtype) * scale) @ keys.mT
-            if tk is not None:
-                term = (q * scale) @ _heads(tk.to(o.dtype), q, gqa).mT
+            if a is not None:
+                ds = (a.to(o.dtype) * scale) @ keys.mT
+            if b is not None:
+                term = (q * scale) @ _heads(b.to(o.dtype), q, gqa).mT
                 ds = term if ds is None else ds.add_(term)
-            if tmask is not None:
-                ds = tmask.expand(p.shape).to(p.dtype) if ds is None else ds + tmask
+            if m is not None:
+                ds = m.expand(p.shape).to(p.dtype) if ds is None else ds + m
             do = None
             if ds is not None:
                 dp = torch.ops.aten._softmax_backward_data(ds.to(p.dtype), p, -1, p.dtype)
                 do = (dp if keep is None else dp * keep) @ values
-            if tv is not None:
-                term = dropped @ _heads(tv.to(o.dtype), q, gqa)
+            if c is not None:
+                term = dropped @ _heads(c.to(o.dtype), q, gqa)
                 do = term if do is None else do.add_(term)
-            dos.append(torch.zeros_like(o) if do is None else do)
-    return o, dos
+            dos.append(do)
+    return o, dos  # type: ignore[return-value]
 
 
-def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None,
-    causal: bool, scale: float, packed: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k and v from that of o, by functions that have a derivative themselves:
-
-        dv = Pᵀ grad,   dS = P ∘ (dP - rowsum(P ∘ dP)) with dP = grad vᵀ,   dq = scale dS k,
-        dk = scale dSᵀ q.
-
-    Shapes as the schema of the op has them.
-    """
-    p = _probabilities(q, k, mask, causal, scale, gqa=True)
-    dp = grad @ _heads(v, q, gqa=True).mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    groups = (k.shape[1], q.shape[1] // k.shape[1])
-    dk, dv = (x.unflatten(1, groups).sum(2) for x in (ds.mT @ q, p.mT @ grad))
-    grads = [ds @ _heads(k, q, gqa=True), dk, dv]
-    return [torch.stack(grads)] if packed else grads
+def parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [N, H, T, D] of a packed [N, T, 3, H, D]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def _heads(t: Tensor, q: Tensor, gqa: bool) -> Tensor:

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tangentfast.ops.attention.op import backward_outputs, jvp_outputs, wide
+from tangentfast.ops.attention.reference import parts
 from tangentfast.ops.expect import expect, hopper
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -301,18 +302,17 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     mask: Tensor | None, causal: bool, scale: float, packed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k and v, of one shape if `packed`.
-
-    One program owns each of their rows, so that the bits repeat.
+    """Gradients of q, k and v, or one [N, T, 3, H, D] of all; one program owns each of their rows,
+    so that the bits repeat.
     """
     n, h, shared, t, s = _check("attention_backward_triton", q, k, v, mask)
-    if packed:
-        expect("attention_backward_triton", q.device, q.dtype, k=(k, q.shape), v=(v, q.shape))
     shape = (n, h, t, v.shape[3])
+    if packed and not q.shape == k.shape == v.shape:
+        raise ValueError("attention_backward_triton: packed is for q, k and v of one shape")
     expect("attention_backward_triton", q.device, q.dtype, grad=(grad, shape), o=(o, shape))
     expect("attention_backward_triton", q.device, wide(q), lse=(lse, (n, h, t)))
     grads = backward_outputs(q, k, v, packed)
-    dq, dk, dv = grads[0].unbind(0) if packed else grads
+    dq, dk, dv = parts(grads[0]) if packed else grads
     blocks = _blocks(q, v)
     delta = _whole(torch.empty_like(lse))
     operands = [*map(_operand, (grad, q, k, v)), _whole(mask)]

@@ -1,4 +1,4 @@
-// The Python module that says what was compiled; schemas are in tangentfast/ops/<op>/op.py.
+// The Python module that says what was compiled, and how merge_ and gram pass the dispatcher.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
