@@ -4,36 +4,32 @@
 
 template <class T, class A>
 struct BackwardScratch {
-  using Kind = typename Products<T, A>::Kind;
+  using Kind = KindOf<T, A>;
 
-  A *q, *grad, *p, *ds, *out;          // one block
-  A *q_panels, *grad_panels;           // the same rows as right operands
-  NumberOf<Kind> *k_turned, *v_turned; // one head, as it is multiplied with rows
+  A *q, *grad, *p, *ds, *out;           // one block
+  A *q_panels, *grad_panels;            // the same rows as right operands
+  NumberOf<Kind> *k_turned, *v_turned;  // one head, as it is multiplied with rows
   A *k, *dk, *dv;
   int64_t bytes;
 
   BackwardScratch(const AttentionBackward& c, void* memory) {
     const int64_t rows = block_rows(c.keys), keys = padded<A>(c.keys);
     const int64_t depth = padded<A>(c.depth), values = padded<A>(c.value_depth);
-    char* at = static_cast<char*>(memory);
-    const auto take = [&at](auto*& part, int64_t n) {
-      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
-      at += (n * static_cast<int64_t>(sizeof(*part)) + 63) / 64 * 64;
-    };
+    Parts parts{static_cast<char*>(memory)};
     const auto steps = [](int64_t n) { return (n + Kind::numbers - 1) / Kind::numbers; };
-    take(q, rows * c.depth + rows);  // and a zero for pairs of an odd depth
-    take(grad, rows * c.value_depth + rows);
-    take(p, rows * keys);
-    take(ds, rows * keys);
-    take(out, rows * depth);
-    take(q_panels, rows * depth);
-    take(grad_panels, rows * values);
-    take(k_turned, keys * steps(c.depth));
-    take(v_turned, keys * steps(c.value_depth));
-    take(k, depth * c.keys);
-    take(dk, c.keys * depth);
-    take(dv, c.keys * values);
-    bytes = at - static_cast<char*>(memory);
+    parts.take(q, rows * c.depth + rows);  // and a zero for pairs of an odd depth
+    parts.take(grad, rows * c.value_depth + rows);
+    parts.take(p, rows * keys);
+    parts.take(ds, rows * keys);
+    parts.take(out, rows * depth);
+    parts.take(q_panels, rows * depth);
+    parts.take(grad_panels, rows * values);
+    parts.take(k_turned, keys * steps(c.depth));
+    parts.take(v_turned, keys * steps(c.value_depth));
+    parts.take(k, depth * c.keys);
+    parts.take(dk, c.keys * depth);
+    parts.take(dv, c.keys * values);
+    bytes = parts.bytes;
   }
 };
 
@@ -66,7 +62,7 @@ static inline void softmax_row_backward(A* p, A* ds, A lse, A delta, A scale, in
 
 template <class T, class A>
 static void run(const AttentionBackward& c, int64_t n, int64_t g, void* memory) {
-  using Kind = typename Products<T, A>::Kind;
+  using Kind = KindOf<T, A>;
   const BackwardScratch<T, A> s(c, memory);
   const int64_t step = block_rows(c.keys), depth = padded<A>(c.depth);
   const int64_t values = padded<A>(c.value_depth);

@@ -4,33 +4,29 @@
 
 template <class T, class A>
 struct Scratch {
-  using Kind = typename Products<T, A>::Kind;
+  using Kind = KindOf<T, A>;
 
-  A *q, *dq, *p, *ds, *o;     // one block
-  NumberOf<Kind> *k, *dk;     // panels of one head, of its keys as they are multiplied with rows
-  A *v, *dv;                  // and of its values; dk and dv of each tangent
+  A *q, *dq, *p, *ds, *o;  // one block
+  NumberOf<Kind> *k, *dk;  // panels of one head, of its keys as they are multiplied with rows
+  A *v, *dv;               // and of its values; dk and dv of each tangent
   int64_t k_size, v_size, bytes;
 
   Scratch(const Attention& c, void* memory) {
     const int64_t rows = block_rows(c.keys), keys = padded<A>(c.keys);
     const int64_t values = padded<A>(c.value_depth);
-    char* at = static_cast<char*>(memory);
-    const auto take = [&at](auto*& part, int64_t n) {
-      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
-      at += (n * static_cast<int64_t>(sizeof(*part)) + 63) / 64 * 64;
-    };
+    Parts parts{static_cast<char*>(memory)};
     k_size = keys * ((c.depth + Kind::numbers - 1) / Kind::numbers);
     v_size = values * c.keys;
-    take(q, rows * c.depth + rows);  // and a zero for pairs of an odd depth
-    take(dq, rows * c.depth + rows);
-    take(p, rows * keys);
-    take(ds, rows * keys);
-    take(o, rows * values);
-    take(k, k_size);
-    take(v, v_size);
-    take(dk, k_size * c.count);
-    take(dv, v_size * c.count);
-    bytes = at - static_cast<char*>(memory);
+    parts.take(q, rows * c.depth + rows);  // and a zero for pairs of an odd depth
+    parts.take(dq, rows * c.depth + rows);
+    parts.take(p, rows * keys);
+    parts.take(ds, rows * keys);
+    parts.take(o, rows * values);
+    parts.take(k, k_size);
+    parts.take(v, v_size);
+    parts.take(dk, k_size * c.count);
+    parts.take(dv, v_size * c.count);
+    bytes = parts.bytes;
   }
 };
 
@@ -80,7 +76,7 @@ static inline void softmax_row_jvp(const A* p, A scale, A* ds, int64_t width) {
 template <class T, class A>
 static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t end,
                 void* memory) {
-  using Kind = typename Products<T, A>::Kind;
+  using Kind = KindOf<T, A>;
   const Scratch<T, A> s(c, memory);
   const int64_t kv = h / c.group, step = block_rows(c.keys), values = padded<A>(c.value_depth);
   const int64_t last = c.causal && end < c.keys ? end : c.keys;  // keys that any row here sees

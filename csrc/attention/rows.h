@@ -13,6 +13,18 @@ static inline const T* at(const Operand& x, int64_t n, int64_t h, int64_t row) {
   return static_cast<const T*>(x.data) + n * x.batch + h * x.head + row * x.row;
 }
 
+// Parts of one allocation, each at a multiple of 64 bytes of it.
+struct Parts {
+  char* begin;
+  int64_t bytes = 0;
+
+  template <class Part>
+  void take(Part*& part, int64_t n) {
+    part = reinterpret_cast<Part*>(begin + bytes);
+    bytes += (n * static_cast<int64_t>(sizeof(Part)) + 63) / 64 * 64;
+  }
+};
+
 // Asks for a row of the next head while this one is computed: rows of 64 numbers lie far apart, and
 // waiting for them is a third of the time of 50 keys in float. Nothing is read where there is none.
 template <class T>
@@ -63,16 +75,15 @@ static inline Vec<A> widen_vector(const T* x) {
   }
 }
 
+// How rows of T are multiplied with each other: bfloat16 as it is, where pairs of it can be.
+template <class T, class A>
+using KindOf = std::conditional_t<std::is_same_v<T, BFloat16>, Exact16, Whole<A>>;
+
 // Rows as the left operand of a product, of their own type or of the one computed in.
 template <class T>
 struct Rows {
   const T* data;
   int64_t stride;
-};
-
-template <class T, class A>
-struct Products {
-  using Kind = Whole<A>;
 };
 
 template <class A>
@@ -102,12 +113,6 @@ static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, R
 }
 
 #if TF_ISA == 513
-// Products of bfloat16 are exact in float, so that pairs of them are multiplied as they lie.
-template <>
-struct Products<BFloat16, float> {
-  using Kind = Pairs;
-};
-
 // Only rows of odd length are copied: to a zero in the last pair.
 static inline Rows<BFloat16> rows_of(int64_t rows, int64_t depth, const BFloat16* x, int64_t stride,
                                      float* copy) {
