@@ -51,6 +51,19 @@ static inline V madd(V a, V b, V c) {
 constexpr int kTileRows = 4;
 #endif
 
+#if TF_ISA >= 512
+template <class A>
+static inline A sum_lanes(Vec<A> v) {
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps(v);
+  else return _mm512_reduce_add_pd(v);
+}
+
+template <class A>
+static inline A max_lanes(Vec<A> v) {
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps(v);
+  else return _mm512_reduce_max_pd(v);
+}
+#else
 template <class A>
 static inline A sum_lanes(Vec<A> v) {
   A total = 0;
@@ -64,6 +77,7 @@ static inline A max_lanes(Vec<A> v) {
   for (int i = 1; i < Lanes<A>::count; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
+#endif
 
 // exp(x) for x <= 0; 0 below the smallest normal number. x = n ln 2 + r with |r| <= ln 2 / 2 (Cody
 // and Waite 1980), exp(r) by its Taylor polynomial of degree 7, whose remainder is under 6e-9.
@@ -154,41 +168,6 @@ static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const 
     }
     last_tile<A, kTileRows - 1, turned>(rows - i, depth, a + i * step, lda, b, c + i * ldc + j, ldc,
                                         add);
-  }
-}
-
-// Panels of the transpose of x [rows][depth]: its rows become columns. A panel is `width` wide; of
-// kTileRows it makes a left operand for `turned`.
-template <class A, int width = kPanel<A>, class T>
-static inline void pack_transposed(int64_t rows, int64_t depth, const T* x, int64_t stride, A* b) {
-  for (int64_t j = 0; j < rows; j += width, b += depth * width) {
-    const int64_t n = rows - j < width ? rows - j : width;
-    const T* from = x + j * stride;
-    if (n == width) {
-      for (int64_t p = 0; p < depth; ++p) {
-        for (int64_t i = 0; i < width; ++i) b[p * width + i] = load<A>(from[i * stride + p]);
-      }
-      continue;
-    }
-    for (int64_t p = 0; p < depth; ++p) {
-      for (int64_t i = 0; i < n; ++i) b[p * width + i] = load<A>(from[i * stride + p]);
-      for (int64_t i = n; i < width; ++i) b[p * width + i] = 0;
-    }
-  }
-}
-
-// Panels of x [depth][columns] itself.
-template <class A, int width = kPanel<A>, class T>
-static inline void pack(int64_t depth, int64_t columns, const T* x, int64_t stride, A* b) {
-  for (int64_t p = 0; p < depth; ++p) {
-    const T* from = x + p * stride;
-    A* to = b + p * width;
-    int64_t j = 0;
-    for (; j + width <= columns; j += width, to += depth * width) {
-      for (int64_t i = 0; i < width; ++i) to[i] = load<A>(from[j + i]);
-    }
-    if (j == columns) continue;
-    for (int64_t i = 0; i < width; ++i) to[i] = j + i < columns ? load<A>(from[j + i]) : 0;
   }
 }
 

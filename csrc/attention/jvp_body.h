@@ -2,33 +2,35 @@
 #include "../vector.h"
 #include "rows.h"
 
-template <class A>
+template <class T, class A>
 struct Scratch {
-  A *q, *dq, *p, *ds, *o;        // one block
-  A *k, *v, *dk, *dv;            // panels of one head; dk and dv of each tangent
-  int64_t k_size, v_size, total;
+  using Kind = typename Products<T, A>::Kind;
 
-  Scratch(const Attention& c, A* at) {
+  A *q, *dq, *p, *ds, *o;     // one block
+  NumberOf<Kind> *k, *dk;     // panels of one head, of its keys as they are multiplied with rows
+  A *v, *dv;                  // and of its values; dk and dv of each tangent
+  int64_t k_size, v_size, bytes;
+
+  Scratch(const Attention& c, void* memory) {
     const int64_t rows = block_rows(c.keys), keys = padded<A>(c.keys);
     const int64_t values = padded<A>(c.value_depth);
-    A* const start = at;
-    const auto take = [&at](int64_t n) {
-      A* const mine = at;
-      at += (n + 15) / 16 * 16;
-      return mine;
+    char* at = static_cast<char*>(memory);
+    const auto take = [&at](auto*& part, int64_t n) {
+      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
+      at += (n * static_cast<int64_t>(sizeof(*part)) + 63) / 64 * 64;
     };
-    k_size = keys * c.depth;
+    k_size = keys * ((c.depth + Kind::numbers - 1) / Kind::numbers);
     v_size = values * c.keys;
-    q = take(rows * c.depth);
-    dq = take(rows * c.depth);
-    p = take(rows * keys);
-    ds = take(rows * keys);
-    o = take(rows * values);
-    k = take(k_size);
-    v = take(v_size);
-    dk = take(k_size * c.count);
-    dv = take(v_size * c.count);
-    total = at - start;
+    take(q, rows * c.depth + rows);  // and a zero for pairs of an odd depth
+    take(dq, rows * c.depth + rows);
+    take(p, rows * keys);
+    take(ds, rows * keys);
+    take(o, rows * values);
+    take(k, k_size);
+    take(v, v_size);
+    take(dk, k_size * c.count);
+    take(dv, v_size * c.count);
+    bytes = at - static_cast<char*>(memory);
   }
 };
 
@@ -61,9 +63,9 @@ static inline A softmax_row(A* s, int64_t seen, int64_t width) {
   return top + log_scalar(sum);
 }
 
-// ds <- p (ds - sum p ds)
+// ds <- scale p (ds - sum p ds)
 template <class A>
-static inline void softmax_row_jvp(const A* p, A* ds, int64_t width) {
+static inline void softmax_row_jvp(const A* p, A scale, A* ds, int64_t width) {
   constexpr int lanes = Lanes<A>::count;
   Vec<A> sums{};
   for (int64_t j = 0; j < width; j += lanes) {
@@ -71,38 +73,46 @@ static inline void softmax_row_jvp(const A* p, A* ds, int64_t width) {
   }
   const A mean = sum_lanes<A>(sums);
   for (int64_t j = 0; j < width; j += lanes) {
-    store_vector(ds + j, load_vector(p + j) * (load_vector(ds + j) - mean));
+    store_vector(ds + j, scale * load_vector(p + j) * (load_vector(ds + j) - mean));
   }
 }
 
 template <class T, class A>
-static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t end, A* memory) {
-  const Scratch<A> s(c, memory);
+static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t end,
+                void* memory) {
+  using Kind = typename Products<T, A>::Kind;
+  const Scratch<T, A> s(c, memory);
   const int64_t kv = h / c.group, step = block_rows(c.keys), values = padded<A>(c.value_depth);
   const int64_t last = c.causal && end < c.keys ? end : c.keys;  // keys that any row here sees
-  const int64_t k_panel = c.depth * kPanel<A>, v_panel = last * kPanel<A>;
+  const int64_t v_panel = last * kPanel<A>;
   const A scale = static_cast<A>(c.scale);
-  pack_transposed(last, c.depth, at<T>(c.k, n, kv, 0), c.k.row, s.k);
-  pack(last, c.value_depth, at<T>(c.v, n, kv, 0), c.v.row, s.v);
+  const auto pack_keys = [&](const Operand& k, NumberOf<Kind>* panels) {
+    pack_lines<Kind, kPanel<A>>(last, c.depth, at<T>(k, n, kv, 0), k.row, 1, panels);
+  };
+  const auto pack_values = [&](const Operand& v, A* panels) {
+    pack_lines<Whole<A>, kPanel<A>>(c.value_depth, last, at<T>(v, n, kv, 0), 1, v.row, panels);
+  };
+  pack_keys(c.k, s.k);
+  pack_values(c.v, s.v);
   for (int64_t t = 0; t < c.count; ++t) {
     const AttentionTangent& d = c.tangents[t];
-    if (d.dk.data) {
-      pack_transposed(last, c.depth, at<T>(d.dk, n, kv, 0), d.dk.row, s.dk + t * s.k_size);
-    }
-    if (d.dv.data) {
-      pack(last, c.value_depth, at<T>(d.dv, n, kv, 0), d.dv.row, s.dv + t * s.v_size);
-    }
+    if (d.dk.data) pack_keys(d.dk, s.dk + t * s.k_size);
+    if (d.dv.data) pack_values(d.dv, s.dv + t * s.v_size);
   }
   for (int64_t first = begin; first < end; first += step) {
     const int64_t rows = end - first < step ? end - first : step;
     const int64_t seen = c.causal && first + rows < last ? first + rows : last;
     const int64_t width = padded<A>(seen);
-    widen(rows, c.depth, at<T>(c.q, n, h, first), c.q.row, scale, s.q);
-    multiply(rows, seen, c.depth, s.q, c.depth, s.k, k_panel, s.p, width, false);
+    const auto q = rows_of(rows, c.depth, at<T>(c.q, n, h, first), c.q.row, s.q);
+    multiply_rows(rows, seen, c.depth, q, s.k, s.p, width, false);
     for (int64_t i = 0; i < rows; ++i) {
       A* const row = s.p + i * width;
       const int64_t own = c.causal && first + i + 1 < seen ? first + i + 1 : seen;
-      if (c.mask.data) add_row(own, at<A>(c.mask, n, h, first + i), c.mask_column, row);
+      scale_add(own, scale, c.mask.data ? at<A>(c.mask, n, h, first + i) : nullptr, c.mask_column,
+                row);
+      prefetch<T>(c.q, n, h + 1, first + i, c.depth);
+      prefetch<T>(c.k, n, kv + 1, first + i, c.depth);
+      prefetch<T>(c.v, n, kv + 1, first + i, c.value_depth);
       const A lse = softmax_row(row, own, width);
       if (c.lse.data) *const_cast<A*>(at<A>(c.lse, n, h, first + i)) = lse;
     }
@@ -114,13 +124,12 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
       const AttentionTangent& d = c.tangents[t];
       bool some = false;
       if (d.dq.data) {
-        widen(rows, c.depth, at<T>(d.dq, n, h, first), d.dq.row, scale, s.dq);
-        multiply(rows, seen, c.depth, s.dq, c.depth, s.k, k_panel, s.ds, width, false);
+        const auto dq = rows_of(rows, c.depth, at<T>(d.dq, n, h, first), d.dq.row, s.dq);
+        multiply_rows(rows, seen, c.depth, dq, s.k, s.ds, width, false);
         some = true;
       }
       if (d.dk.data) {
-        multiply(rows, seen, c.depth, s.q, c.depth, s.dk + t * s.k_size, k_panel, s.ds, width,
-                 some);
+        multiply_rows(rows, seen, c.depth, q, s.dk + t * s.k_size, s.ds, width, some);
         some = true;
       }
       if (d.dmask.data) {
@@ -128,13 +137,16 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
           for (int64_t j = 0; j < rows * width; ++j) s.ds[j] = 0;
         }
         for (int64_t i = 0; i < rows; ++i) {
-          add_row(seen, at<A>(d.dmask, n, h, first + i), d.dmask_column, s.ds + i * width);
+          scale_add(seen, scale, at<A>(d.dmask, n, h, first + i), d.dmask_column, s.ds + i * width);
         }
         some = true;
       }
       if (some) {
         for (int64_t i = 0; i < rows; ++i) {
-          softmax_row_jvp(s.p + i * width, s.ds + i * width, width);
+          prefetch<T>(d.dq, n, h + 1, first + i, c.depth);
+          prefetch<T>(d.dk, n, kv + 1, first + i, c.depth);
+          prefetch<T>(d.dv, n, kv + 1, first + i, c.value_depth);
+          softmax_row_jvp(s.p + i * width, d.dmask.data ? A(1) : scale, s.ds + i * width, width);
         }
         multiply(rows, c.value_depth, seen, s.ds, width, s.v, v_panel, s.o, values, false);
       }
@@ -149,17 +161,21 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
 }
 
 static int64_t scratch_bytes(const Attention& c) {
-  return c.type == Type::f64
-             ? Scratch<double>(c, nullptr).total * static_cast<int64_t>(sizeof(double))
-             : Scratch<float>(c, nullptr).total * static_cast<int64_t>(sizeof(float));
+  switch (c.type) {
+    case Type::f64: return Scratch<double, double>(c, nullptr).bytes;
+    case Type::f32: return Scratch<float, float>(c, nullptr).bytes;
+    case Type::f16: return Scratch<Half, float>(c, nullptr).bytes;
+    case Type::bf16: break;
+  }
+  return Scratch<BFloat16, float>(c, nullptr).bytes;
 }
 
 static void attention_jvp(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t end,
                           void* scratch) {
   switch (c.type) {
-    case Type::f64: return run<double>(c, n, h, begin, end, static_cast<double*>(scratch));
-    case Type::f32: return run<float>(c, n, h, begin, end, static_cast<float*>(scratch));
-    case Type::f16: return run<Half>(c, n, h, begin, end, static_cast<float*>(scratch));
-    case Type::bf16: return run<BFloat16>(c, n, h, begin, end, static_cast<float*>(scratch));
+    case Type::f64: return run<double, double>(c, n, h, begin, end, scratch);
+    case Type::f32: return run<float, float>(c, n, h, begin, end, scratch);
+    case Type::f16: return run<Half, float>(c, n, h, begin, end, scratch);
+    case Type::bf16: return run<BFloat16, float>(c, n, h, begin, end, scratch);
   }
 }

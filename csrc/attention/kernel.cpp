@@ -1,6 +1,10 @@
 #include "kernel.h"
 
+#include <type_traits>
+
 #define TF_BODY "attention/jvp_body.h"
+#define TF_NAMESPACE tangentfast::attention
+#define TF_WITH_BF16
 #include "../each_isa.h"
 
 namespace tangentfast::attention {

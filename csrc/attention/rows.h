@@ -1,5 +1,6 @@
-// Blocks of rows in memory, for the bodies of the attention kernels.
-using namespace tangentfast::attention;
+// Blocks of rows in memory, and the products of rows with rows, for the bodies of the attention
+// kernels.
+#include "../linear/panels.h"
 
 // Query rows at a time: P and dS of a block stay in a 1 MB L2 cache.
 static inline int64_t block_rows(int64_t keys) {
@@ -12,18 +13,159 @@ static inline const T* at(const Operand& x, int64_t n, int64_t h, int64_t row) {
   return static_cast<const T*>(x.data) + n * x.batch + h * x.head + row * x.row;
 }
 
-template <class A, class T>
-static inline void widen(int64_t rows, int64_t columns, const T* x, int64_t stride, A scale, A* y) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t p = 0; p < columns; ++p) y[i * columns + p] = load<A>(x[i * stride + p]) * scale;
+// Asks for a row of the next head while this one is computed: rows of 64 numbers lie far apart, and
+// waiting for them is a third of the time of 50 keys in float. Nothing is read where there is none.
+template <class T>
+static inline void prefetch(const Operand& x, int64_t n, int64_t h, int64_t row, int64_t columns) {
+  if (!x.data) return;
+  const char* const from = reinterpret_cast<const char*>(at<T>(x, n, h, row));
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// y <- scale y + x; x may be null.
+template <class A>
+static inline void scale_add(int64_t n, A scale, const A* x, int64_t column, A* y) {
+  if (!x) {
+    for (int64_t j = 0; j < n; ++j) y[j] *= scale;
+  } else if (column == 1) {
+    for (int64_t j = 0; j < n; ++j) y[j] = y[j] * scale + x[j];
+  } else {
+    for (int64_t j = 0; j < n; ++j) y[j] = y[j] * scale + x[j * column];
   }
 }
 
-template <class A>
-static inline void add_row(int64_t n, const A* x, int64_t column, A* y) {
-  if (column == 1) {
-    for (int64_t j = 0; j < n; ++j) y[j] += x[j];
+#if TF_ISA >= 2
+template <>
+inline __m256 read_line<Whole<float>, Half>(const Half* x, __m256) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+template <>
+inline __m256 read_line<Whole<float>, BFloat16>(const BFloat16* x, __m256) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+#endif
+
+// As many numbers as a vector has, widened.
+template <class A, class T>
+static inline Vec<A> widen_vector(const T* x) {
+  if constexpr (std::is_same_v<A, T>) {
+    return load_vector(x);
+#if TF_ISA >= 2
+  } else if constexpr (sizeof(T) == 2) {
+    return read_line<Whole<float>>(x, Vec<A>{});
+#endif
   } else {
-    for (int64_t j = 0; j < n; ++j) y[j] += x[j * column];
+    A wide[Lanes<A>::count];
+    for (int i = 0; i < Lanes<A>::count; ++i) wide[i] = load<A>(x[i]);
+    return load_vector(wide);
   }
 }
+
+// Rows as the left operand of a product, of their own type or of the one computed in.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+template <class T, class A>
+struct Products {
+  using Kind = Whole<A>;
+};
+
+template <class A>
+static inline Rows<A> rows_of(int64_t, int64_t, const A* x, int64_t stride, A*) {
+  return {x, stride};
+}
+
+template <class A, class T>
+static inline Rows<A> rows_of(int64_t rows, int64_t depth, const T* x, int64_t stride, A* copy) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* const from = x + i * stride;
+    A* const to = copy + i * depth;
+    int64_t p = 0;
+    for (; p + Lanes<A>::count <= depth; p += Lanes<A>::count) {
+      store_vector(to + p, widen_vector<A>(from + p));
+    }
+    for (; p < depth; ++p) to[p] = load<A>(from[p]);
+  }
+  return {copy, depth};
+}
+
+// c[rows][padded columns] (+)= left right, whose panels are `depth` numbers deep.
+template <class A>
+static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Rows<A> left,
+                                 const A* right, A* c, int64_t ldc, bool add) {
+  multiply(rows, columns, depth, left.data, left.stride, right, depth * kPanel<A>, c, ldc, add);
+}
+
+#if TF_ISA == 513
+// Products of bfloat16 are exact in float, so that pairs of them are multiplied as they lie.
+template <>
+struct Products<BFloat16, float> {
+  using Kind = Pairs;
+};
+
+// Only rows of odd length are copied: to a zero in the last pair.
+static inline Rows<BFloat16> rows_of(int64_t rows, int64_t depth, const BFloat16* x, int64_t stride,
+                                     float* copy) {
+  if (depth % 2 == 0) return {x, stride};
+  BFloat16* const to = reinterpret_cast<BFloat16*>(copy);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t p = 0; p < depth; ++p) to[i * (depth + 1) + p] = x[i * stride + p];
+    to[i * (depth + 1) + depth] = BFloat16{0};
+  }
+  return {to, depth + 1};
+}
+
+template <int rows>
+static inline void pair_tile(int64_t pairs, Rows<BFloat16> left, const uint32_t* panel, float* c,
+                             int64_t ldc, bool add) {
+  __m512 sums[rows][2];
+  for (int i = 0; i < rows; ++i) {
+    sums[i][0] = add ? _mm512_loadu_ps(c + i * ldc) : __m512{};
+    sums[i][1] = add ? _mm512_loadu_ps(c + i * ldc + 16) : __m512{};
+  }
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < pairs; ++p) {
+    const __m512bh a = (__m512bh)_mm512_loadu_si512(panel + p * 32);
+    const __m512bh b = (__m512bh)_mm512_loadu_si512(panel + p * 32 + 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair;
+      __builtin_memcpy(&pair, left.data + i * left.stride + 2 * p, sizeof(pair));
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], x, a);
+      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], x, b);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    _mm512_storeu_ps(c + i * ldc, sums[i][0]);
+    _mm512_storeu_ps(c + i * ldc + 16, sums[i][1]);
+  }
+}
+
+template <int rows>
+static inline void last_pair_tile(int64_t rest, int64_t pairs, Rows<BFloat16> left,
+                                  const uint32_t* panel, float* c, int64_t ldc, bool add) {
+  if constexpr (rows > 0) {
+    if (rest == rows) return pair_tile<rows>(pairs, left, panel, c, ldc, add);
+    last_pair_tile<rows - 1>(rest, pairs, left, panel, c, ldc, add);
+  }
+}
+
+static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Rows<BFloat16> left,
+                                 const uint32_t* right, float* c, int64_t ldc, bool add) {
+  const int64_t pairs = (depth + 1) / 2;
+  for (int64_t j = 0; j < columns; j += 32, right += pairs * 32) {
+    Rows<BFloat16> from = left;
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows, from.data += kTileRows * left.stride) {
+      pair_tile<kTileRows>(pairs, from, right, c + i * ldc + j, ldc, add);
+    }
+    last_pair_tile<kTileRows - 1>(rows - i, pairs, from, right, c + i * ldc + j, ldc, add);
+  }
+}
+#endif
