@@ -51,6 +51,27 @@ class Side {
   std::vector<Matrix> matrices_;
 };
 
+// Into how many parts a block of columns is split. Tasks take the same time, so the last thread ends
+// after ceil(tasks / threads) of them, or half a task later if other programs disturb it. Each part
+// copies the right operands anew, and a copy costs about what 32 rows of a product do. For 800 rows
+// of x [800, 768] Wᵀ with W [768, 768], which has 8 blocks of columns: with 2 threads 2 parts, with
+// 64 threads 8 parts of 100 rows, one a thread. Panels of x are then read by all threads, as each
+// needs its rows, and a block of W by the 8 threads that share it; no sum is shared, so none is
+// split over its depth.
+int64_t parts_of(const Products& c, const ProductsPlan& plan, int64_t threads) {
+  const auto time = [&](int64_t parts) {
+    const int64_t rounds = (plan.column_blocks * parts + threads - 1) / threads;
+    const double rows = static_cast<double>(c.rows) / static_cast<double>(parts);
+    return (static_cast<double>(rounds) + 0.5) *
+           (32.0 * static_cast<double>(c.right_count) + rows * static_cast<double>(c.term_count));
+  };
+  int64_t best = 1;
+  for (int64_t parts = 2; parts <= std::min(plan.row_tiles, 4 * threads); ++parts) {
+    if (time(parts) < time(best)) best = parts;
+  }
+  return best;
+}
+
 std::vector<at::Tensor> products_cpu(at::TensorList lefts, at::TensorList rights,
                                      const c10::List<std::optional<at::Tensor>>& biases,
                                      at::IntArrayRef terms, bool narrow) {
@@ -93,11 +114,8 @@ std::vector<at::Tensor> products_cpu(at::TensorList lefts, at::TensorList rights
                 right.data(), right.size(), sums.data(), count, all.data(),
                 static_cast<int64_t>(all.size())};
   const ProductsPlan plan = products_plan(call);
-  if (plan.row_blocks == 0 || plan.column_blocks == 0) return outs;
-  // Enough tasks that no thread waits long for the last one.
-  const int64_t wanted = 4 * at::get_num_threads();
-  call.parts = std::clamp<int64_t>((wanted + plan.column_blocks - 1) / plan.column_blocks, 1,
-                                   plan.row_blocks);
+  if (plan.row_tiles == 0 || plan.column_blocks == 0) return outs;
+  call.parts = parts_of(call, plan, at::get_num_threads());
   const at::Tensor panels = at::empty({plan.panel_bytes}, at::kByte);
   call.panels = panels.data_ptr();
   share_out(plan.packing, 0, [&](int64_t i, void*) { products_pack(call, i); });

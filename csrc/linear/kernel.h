@@ -43,7 +43,7 @@ struct Products {
 };
 
 struct ProductsPlan {
-  int64_t column_blocks, row_blocks;  // row_blocks: the most parts that are of use
+  int64_t column_blocks, row_tiles;  // row_tiles: the most parts that are of use
   int64_t panel_bytes;
   int64_t packing;        // tasks of the first phase
   int64_t scratch_bytes;  // of one task of the second; aligned to 64

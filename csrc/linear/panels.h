@@ -8,6 +8,7 @@ struct Whole {
   using Number = A;
   using Sum = A;
   static constexpr int numbers = 1;
+  static inline Vec<A> add(A x, Vec<A> y, Vec<A> sum) { return madd(splat(x), y, sum); }
   template <class T>
   static inline A step(const T* x, int64_t, int64_t) {
     return load<A>(*x);
@@ -15,12 +16,16 @@ struct Whole {
 };
 
 #if TF_ISA == 513
-// Pairs of bfloat16, the first in the lower half. A product of them and its sum are computed in
-// float, subnormal numbers taken and given as zero (VDPBF16PS): under 1e-38, far below a rounding.
+// Pairs of bfloat16, the first in the lower half. VDPBF16PS adds the product of the upper halves, then
+// that of the lower ones, each in one rounding to nearest; it takes subnormal numbers as zero and
+// gives them as zero, an error under 2^-126 a term.
 struct Pairs {
   using Number = uint32_t;
   using Sum = float;
   static constexpr int numbers = 2;
+  static inline Vec<float> add(uint32_t x, Vec<uint32_t> y, Vec<float> sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)y);
+  }
   template <class T>
   static inline uint32_t step(const T* x, int64_t along, int64_t left) {
     const uint32_t second = left > 1 ? to_bfloat16(to_float(x[along])).bits : 0;
@@ -45,37 +50,30 @@ using NumberOf = typename K::Number;
 template <class K>
 using SumOf = typename K::Sum;
 
-// sums[kTileRows][2 vectors] += left right, of `depth` steps.
+// sums[kTileRows][2 vectors] += left right, of `depth` steps. The processor fetches ahead within a
+// page, of which a tile of a left panel fills two: it is told of the next one here.
 template <class K>
 static inline void add_tile(int64_t depth, const NumberOf<K>* left, const NumberOf<K>* right,
                             SumOf<K>* sums, int64_t stride) {
-#if TF_ISA == 513
-  if constexpr (K::numbers == 2) {
-    __m512 s[kTileRows][2];
-    for (int i = 0; i < kTileRows; ++i) {
-      s[i][0] = _mm512_loadu_ps(sums + i * stride);
-      s[i][1] = _mm512_loadu_ps(sums + i * stride + 16);
-    }
-#pragma GCC unroll 4
-    for (int64_t p = 0; p < depth; ++p) {
-      const __m512bh a = (__m512bh)_mm512_loadu_si512(right + p * 32);
-      const __m512bh b = (__m512bh)_mm512_loadu_si512(right + p * 32 + 16);
-#pragma GCC unroll 8
-      for (int i = 0; i < kTileRows; ++i) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(left[p * kTileRows + i]));
-        s[i][0] = _mm512_dpbf16_ps(s[i][0], x, a);
-        s[i][1] = _mm512_dpbf16_ps(s[i][1], x, b);
-      }
-    }
-    for (int i = 0; i < kTileRows; ++i) {
-      _mm512_storeu_ps(sums + i * stride, s[i][0]);
-      _mm512_storeu_ps(sums + i * stride + 16, s[i][1]);
-    }
-    return;
+  constexpr int n = Lanes<SumOf<K>>::count, ahead = 2048 / sizeof(NumberOf<K>);
+  Vec<SumOf<K>> s[kTileRows][2];
+  for (int i = 0; i < kTileRows; ++i) {
+    s[i][0] = load_vector(sums + i * stride);
+    s[i][1] = load_vector(sums + i * stride + n);
   }
-#endif
-  if constexpr (K::numbers == 1) {
-    tile<SumOf<K>, kTileRows, true>(depth, left, kTileRows, right, sums, stride, true);
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < depth; ++p, left += kTileRows) {
+    __builtin_prefetch(left + ahead);
+    const auto a = load_vector(right + p * 2 * n), b = load_vector(right + p * 2 * n + n);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      s[i][0] = K::add(left[i], a, s[i][0]);
+      s[i][1] = K::add(left[i], b, s[i][1]);
+    }
+  }
+  for (int i = 0; i < kTileRows; ++i) {
+    store_vector(sums + i * stride, s[i][0]);
+    store_vector(sums + i * stride + n, s[i][1]);
   }
 }
 
@@ -209,6 +207,39 @@ static inline int64_t pack_squares(int64_t n, int64_t depth, const T* x, int64_t
 }
 #endif
 
+#if TF_ISA == 513
+// 16 numbers of x, then 16 of y, as bfloat16; zeros outside `lanes`.
+static inline __m512i both(__mmask16 lanes, const float* x, const float* y) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(lanes, y),
+                                      _mm512_maskz_loadu_ps(lanes, x));
+}
+static inline __m512i both(__mmask16 lanes, const BFloat16* x, const BFloat16* y) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, x)),
+                            _mm256_maskz_loadu_epi16(lanes, y), 1);
+}
+
+static inline __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0);
+}
+
+// Panels of `count` steps of `lines` lines that lie beside each other.
+template <int width, class T>
+static inline void pack_pairs(int64_t lines, int64_t count, const T* x, int64_t along,
+                              uint32_t* panel) {
+  const __m512i order = _mm512_or_si512(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+      _mm512_slli_epi32(
+          _mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
+  for (int64_t p = 0; p < count; ++p, x += 2 * along, panel += width) {
+    for (int i = 0; i < width; i += 16) {
+      const __m512i pairs = _mm512_permutexvar_epi16(
+          order, both(first_lanes(lines - i), x + i, x + along + i));
+      _mm512_mask_storeu_epi32(panel + i, first_lanes(width - i), pairs);
+    }
+  }
+}
+#endif
+
 // Panels of n lines of `depth` numbers each: the lines lie `line` apart, the numbers of each
 // `along`, and one of the two is 1. The last panel is filled up with zeros.
 template <class K, int width, class T>
@@ -222,6 +253,14 @@ static void pack_lines(int64_t n, int64_t depth, const T* x, int64_t line, int64
 #if TF_ISA >= 2
     if constexpr (sizeof(NumberOf<K>) == 4) {
       if (along == 1) p = pack_squares<K, width>(lines, depth, from, line, panel);
+    }
+#endif
+#if TF_ISA == 513
+    if constexpr (K::numbers == 2) {
+      if (line == 1) {
+        p = depth / 2;
+        pack_pairs<width>(lines, p, from, along, panel);
+      }
     }
 #endif
     for (; p < count; ++p) {
