@@ -152,7 +152,7 @@ def gram(vectors: Sequence[Mapping[str, Tensor]], *, backend: str | None = None)
 
 @dataclass
 class _Call:
-    """The arguments of the op: bases, then for each its vectors and coefficients, one after another."""
+    """The op's arguments: bases, then for each its vectors and coefficients, one after another."""
 
     names: list[str]
     bases: list[Tensor]

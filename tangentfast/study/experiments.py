@@ -23,8 +23,8 @@ __all__ = ["Experiments", "base_accuracy"]
 class Experiments:
     """What T task vectors do in a regime's model: entries of results.json.
 
-    A result is cached under the digest of all that it depends on; the model is built, and images are
-    looked at, only where one is missing.
+    A result is cached under the digest of all that it depends on; the model is built, and images
+    are looked at, only where one is missing.
 
     Args:
         parts: of the study.

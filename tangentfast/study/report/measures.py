@@ -100,7 +100,7 @@ def merged(trial: Trial, task: str) -> float:
     return trial.addition.test.get(task, math.nan) if trial.addition else math.nan
 
 
-def _trials(value: Callable[[Trial], float]) -> Callable[[Regime], list[float]]:
+def _each(value: Callable[[Trial], float]) -> Callable[[Regime], list[float]]:
     return lambda regime: [value(trial) for trial in regime.trials]
 
 
@@ -113,15 +113,15 @@ def _fact(value: Callable[[Regime], float | None]) -> Callable[[Regime], list[fl
 
 
 def _addition(key: str) -> Callable[[Regime], list[float]]:
-    return _trials(lambda r: getattr(r.addition, key) if r.addition else math.nan)
+    return _each(lambda r: getattr(r.addition, key) if r.addition else math.nan)
 
 
 def _negation(key: str) -> Callable[[Regime], list[float]]:
-    return _trials(lambda r: getattr(r.negation, key) if r.negation else math.nan)
+    return _each(lambda r: getattr(r.negation, key) if r.negation else math.nan)
 
 
 MEASURES = (
-    Measure("single", "single task, %", _trials(lambda r: mean(r.single.values())), percent, "high"),
+    Measure("single", "single task, %", _each(lambda r: mean(r.single.values())), percent, "high"),
     Measure("absolute", "addition, absolute, %", _addition("absolute"), percent, "high"),
     Measure("normalized", "addition, normalised, %", _addition("normalized"), percent, "high"),
     Measure("alpha", "α", _addition("alpha"), lambda v: f"{v:.2f}"),
@@ -129,7 +129,7 @@ MEASURES = (
     Measure("target", "negation, target, %", _negation("target"), percent, "low"),
     Measure("control", "negation, control, %", _negation("control"), percent),
     Measure(
-        "xi", "ξ over the box", _trials(lambda r: mean(maps(r))), lambda v: f"{v:.3f}", "low",
+        "xi", "ξ over the box", _each(lambda r: mean(maps(r))), lambda v: f"{v:.3f}", "low",
         (1.0, 3, ""),
     ),
     Measure(
