@@ -128,7 +128,7 @@ def _raise_shared(bases: Sequence[Tensor], i: int) -> None:
 
 
 def _contiguous(tensor: Tensor) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of a part without gaps, and (size, stride in bytes) of the dimensions that repeat it."""
+    """Bytes of a block without gaps; (size, stride in bytes) of the dimensions that repeat it."""
     item = tensor.element_size()
     dims = sorted(
         (s * item, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1

@@ -112,11 +112,9 @@ def _negation(results: Results) -> list[Table | None]:
         if trial.negation
         for negated in trial.negation.tasks.values()
     ]
-    idle = sum(not negated.reached for negated in cases)
-    if target and idle:
-        note = (
-            f" In {idle} of {len(cases)} cases no α > 0 keeps the control, and nothing is negated."
-        )
+    missed = sum(not negated.reached for negated in cases)
+    if target and missed:
+        note = f" In {missed} of {len(cases)} cases no α > 0 keeps the control, and nothing is negated."
         target = replace(target, note=target.note + note)
     return [target, control]
 
