@@ -35,7 +35,7 @@ def coverage(runs: Mapping[str, Results]) -> Table:
     for name, label in labels.items():
         trials = [r.regimes[name].trials if name in r.regimes else None for r in runs.values()]
         seeds = [
-            "not run" if of is None else ", ".join(str(run.seed) for run in of) or "none"
+            "not run" if of is None else ", ".join(str(trial.seed) for trial in of) or "none"
             for of in trials
         ]
         rows.append((label, *seeds, "yes" if len(set(seeds)) == 1 else "no"))

@@ -112,9 +112,10 @@ def _negation(results: Results) -> list[Table | None]:
         if trial.negation
         for negated in trial.negation.tasks.values()
     ]
-    missed = sum(not negated.reached for negated in cases)
-    if target and missed:
-        note = f" In {missed} of {len(cases)} cases no α > 0 keeps the control, and nothing is negated."
+    unreached = sum(not negated.reached for negated in cases)
+    if target and unreached:
+        share = f"{unreached} of {len(cases)}"
+        note = f" In {share} cases no α > 0 keeps the control, and nothing is negated."
         target = replace(target, note=target.note + note)
     return [target, control]
 
