@@ -81,8 +81,8 @@ def version(tensor: Tensor) -> int:
 
 def base(tensor: Tensor) -> Tensor:
     """The tensor whose memory `tensor` is a view of; itself if it is no view."""
-    found = tensor._base
-    return tensor if found is None else found
+    viewed = tensor._base
+    return tensor if viewed is None else viewed
 
 
 def own_body(function: Any) -> Callable[..., Any]:

@@ -117,7 +117,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     out: Annotated[Path, typer.Option(help="Where the comparison goes.")] = Path("comparison"),
 ) -> None:
-    """Set runs side by side, with the published figures where the data sets are the papers'."""
+    """Set runs side by side, with the published numbers where the data sets are the papers'."""
     from tangentfast.study.report import compare as write
 
     typer.echo(f"comparison: {write(runs, out)[0]}")

@@ -84,8 +84,8 @@ def fallback(
             continue
         derivative = _derivative(func, call, values, active)
         with torch.set_grad_enabled(y is None):
-            found, dy = derivative(call, values, active, [leaves[i].tangents[j] for i in active])
-        y = found if y is None else y
+            value, dy = derivative(call, values, active, [leaves[i].tangents[j] for i in active])
+        y = value if y is None else y
         dys.append(dy)
     return (call(values) if y is None else y), dys
 
@@ -125,8 +125,8 @@ def _tried(call: Call, values: list[Any], active: list[int]) -> Derivative:
     reasons = []
     ws: list[Tensor] | None = None
     try:
-        found = torch.autograd.grad(ys, xs, us, allow_unused=True)
-        ws = [torch.zeros_like(x) if w is None else w for x, w in zip(xs, found, strict=True)]
+        grads = torch.autograd.grad(ys, xs, us, allow_unused=True)
+        ws = [torch.zeros_like(x) if w is None else w for x, w in zip(xs, grads, strict=True)]
     except RuntimeError as error:
         reasons.append(f"its backward: {error}")
     disputed = False
@@ -251,10 +251,10 @@ def _by_vjp(
         if not all(w.requires_grad for w, _ in moved):
             raise Underivable("torch has no derivative of its backward")
         inner: Any = sum((w * v.conj()).sum().real for w, v in moved)
-    found = torch.autograd.grad(inner, us, allow_unused=True) if moved else [None] * len(us)
+    jvps = torch.autograd.grad(inner, us, allow_unused=True) if moved else [None] * len(us)
     leaves, spec = tree_flatten(y)
     dys: list[Any] = [None] * len(leaves)
-    for i, dy in zip(places, found, strict=True):
+    for i, dy in zip(places, jvps, strict=True):
         dys[i] = dy
     return y, tree_unflatten(dys, spec)
 

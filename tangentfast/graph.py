@@ -14,7 +14,7 @@ def origins(tensor: Tensor, seen: set[Any]) -> list[Tensor]:
     """
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
-    found, stack = [], [tensor.grad_fn]
+    leaves, stack = [], [tensor.grad_fn]
     while stack:
         node = stack.pop()
         if node in seen:
@@ -22,6 +22,6 @@ def origins(tensor: Tensor, seen: set[Any]) -> list[Tensor]:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found.append(leaf)
+            leaves.append(leaf)
         stack += [n for n, _ in node.next_functions if n is not None]
-    return found
+    return leaves

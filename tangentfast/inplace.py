@@ -36,9 +36,9 @@ def functional_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
     ):
         return None
     if name not in _REFUSED:
-        for room in (Tensor, torch, F):
-            if hasattr(room, name) and hasattr(room, name[:-1]):
-                return getattr(room, name[:-1])
+        for namespace in (Tensor, torch, F):
+            if hasattr(namespace, name) and hasattr(namespace, name[:-1]):
+                return getattr(namespace, name[:-1])
     raise NotImplementedError(
         f"{name}: a write in place without a functional form cannot carry a tangent; "
         f"use {name[:-1]} and assign its result."

@@ -12,7 +12,7 @@ from tangentfast import hooks
 from tangentfast.arguments import constant, lost
 from tangentfast.dual import Dual, make_dual, plain
 from tangentfast.graph import origins
-from tangentfast.kept import Kept
+from tangentfast.leftovers import Leftovers
 from tangentfast.linearize import LinearizedModel, places
 from tangentfast.passes import Pass, check_no_transform, is_narrow, running
 from tangentfast.substitute import substituted
@@ -87,21 +87,21 @@ def jvp(
     pass_ = Pass(k, root, strict=not recording, narrow=narrow)
     table, moving = _duals_of(fn, directions, pass_, recording)
     hooks.carry_duals()
-    kept = Kept(root) if root is not None else None
+    leftovers = Leftovers(root) if root is not None else None
     try:
         with running(pass_), substituted(root, table, pass_.read):
             args = inputs if tangents is None else _with_tangents(inputs, tangents, pass_)
             out = fn(*args, **(kwargs or {}))
         del args, table
         for name, parameter in moving.items():
-            if kept is not None and id(parameter) not in pass_.read:
-                kept.check_read(name)
+            if leftovers is not None and id(parameter) not in pass_.read:
+                leftovers.check_read(name)
         out = tree_map(lambda x: _checked(x, pass_), out)
         douts = [tree_map(lambda x, i=i: _tangent(x, i), out) for i in range(k)]  # type: ignore[misc]
         out = tree_map(plain if recording else _detached, out)
     finally:
-        if kept is not None and pass_.handles.alive():
-            kept.restore()
+        if leftovers is not None and pass_.handles.alive():
+            leftovers.restore()
     return out, douts[0] if single else douts
 
 

@@ -24,7 +24,7 @@ from tangentfast.anchor import anchor, anchored, release, theta0_of
 from tangentfast.arguments import constant
 from tangentfast.dual import Dual
 from tangentfast.fingerprint import Base, checksum
-from tangentfast.kept import Kept
+from tangentfast.leftovers import Leftovers
 from tangentfast.passes import Anchors, Pass, check_no_transform, is_narrow, running
 from tangentfast.select import Selection, describe, select
 from tangentfast.task_vector import TaskVector
@@ -106,18 +106,18 @@ class LinearizedModel(nn.Module):
         # A sharded block's parameters are gathered and freed: copies would outlive them.
         casts = None if hooks.sharded(self.model) else self._casts
         pass_ = Pass(1, self.model, True, self._anchors, trained, casts, self.narrow)
-        kept = Kept(self.model)
+        leftovers = Leftovers(self.model)
         try:
             with running(pass_):
                 out = self.model(*args, **kwargs)
             out = tree_map(lambda x: _linearized(x, pass_), out)
             for name, module, own in self._sites:
                 if casts is not None and id(anchored(module)[own][0]) not in pass_.read:
-                    kept.check_read(name)
+                    leftovers.check_read(name)
         finally:
             self._fallbacks.update(pass_.fallbacks)
             if pass_.handles.alive():
-                kept.restore()
+                leftovers.restore()
         return out
 
     def task_vector(self) -> TaskVector:

@@ -105,14 +105,14 @@ def _check_group(bases: Sequence[Tensor], group: Sequence[int]) -> None:
         return
     begins, ends, owners = [], [], []
     for i in group:
-        run, outer = _runs(bases[i])
+        length, outer = _contiguous(bases[i])
         if any(stride == 0 for _, stride in outer):
             _raise_shared(bases, i)
         starts = torch.tensor([bases[i].data_ptr()])
         for size, stride in outer:
             starts = (starts[:, None] + stride * torch.arange(size)).reshape(-1)
         begins.append(starts)
-        ends.append(starts + run)
+        ends.append(starts + length)
         owners.append(torch.full_like(starts, i))
     begin, order = torch.cat(begins).sort()
     shared = begin[1:] < torch.cat(ends)[order][:-1]
@@ -127,25 +127,25 @@ def _raise_shared(bases: Sequence[Tensor], i: int) -> None:
     )
 
 
-def _runs(tensor: Tensor) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of a run without gaps, and (size, stride in bytes) of the dimensions that repeat it."""
+def _contiguous(tensor: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of a block without gaps; (size, stride in bytes) of the dimensions that repeat it."""
     item = tensor.element_size()
     dims = sorted(
         (s * item, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1
     )
-    run, outer = item, list[tuple[int, int]]()
+    length, outer = item, list[tuple[int, int]]()
     for stride, size in dims:
-        if not outer and stride == run:
-            run *= size
+        if not outer and stride == length:
+            length *= size
         else:
             outer.append((size, stride))
-    return run, outer
+    return length, outer
 
 
 def _separate(tensor: Tensor) -> bool:
     """Whether strides alone prove that no two elements share memory: each steps over the last."""
-    run, outer = _runs(tensor)
-    reach = run
+    length, outer = _contiguous(tensor)
+    reach = length
     for size, stride in outer:
         if stride < reach:
             return False

@@ -102,13 +102,13 @@ def merge_(
             _call(entries, rows, coefficients)  # a tensor that cannot be sampled has a name here
         raise
     with held():  # to the end: an exception of a handler means that nothing was written
-        refusal = call.run(backend)
+        refusal = call.merge(backend)
         if refusal is not None and not looked_at:
             # The op counts the tensor that does not fit. Here it has a name, ties are no overlaps,
             # and complex numbers are pairs.
             again = any(map(torch.is_complex, call.bases)) or not isinstance(refusal, RuntimeError)
             call = _call(entries, rows, coefficients)
-            refusal = call.run(backend) if again else refusal
+            refusal = call.merge(backend) if again else refusal
         if refusal is not None:
             raise refusal
         if weights is not None:
@@ -152,7 +152,7 @@ def gram(vectors: Sequence[Mapping[str, Tensor]], *, backend: str | None = None)
 
 @dataclass
 class _Call:
-    """What the op is told: bases, then for each its vectors and coefficients, one after another."""
+    """The op's arguments: bases, then for each its vectors and coefficients, one after another."""
 
     names: list[str]
     bases: list[Tensor]
@@ -160,7 +160,7 @@ class _Call:
     counts: list[int]
     alphas: list[float]
 
-    def run(self, backend: str | None) -> Exception | None:
+    def merge(self, backend: str | None) -> Exception | None:
         """Merge; returns the error where the op refused, which has written nothing then."""
         try:
             op.merge_(self.bases, self.vectors, self.counts, self.alphas, backend)

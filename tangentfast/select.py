@@ -73,15 +73,15 @@ def select(model: nn.Module, params: Selection) -> list[str]:
                 raise TypeError(
                     f"params: expected names or globs, got {type(pattern).__name__} in the list."
                 )
-            found = {n for n in named if n == pattern or fnmatchcase(n, pattern)}
-            if not found:
+            matches = {n for n in named if n == pattern or fnmatchcase(n, pattern)}
+            if not matches:
                 close = difflib.get_close_matches(pattern, named, 3, 0.4)
                 raise ValueError(
                     f"params: {pattern!r} matches no parameter of {type(model).__name__}"
                     + (f"; close names: {', '.join(close)}" if close else "")
                     + '. Expected "all", "attention", a name or a glob.'
                 )
-            chosen |= found
+            chosen |= matches
     else:
         raise TypeError(
             f"params: expected a string, a list of them or a callable, got {type(params).__name__}."
@@ -133,19 +133,19 @@ def _attention(model: nn.Module) -> set[str]:
         ValueError: there is none, or one that is called so, or a part of one, was not recognised.
     """
     modules = dict(model.named_modules())
-    found = {path: weights for path in modules if (weights := _projections(modules, path))}
-    chosen = {id(w) for weights in found.values() for w in weights}
-    missed = _missed(modules, found, chosen)
-    if found and not missed:
+    known = {path: weights for path in modules if (weights := _projections(modules, path))}
+    chosen = {id(w) for weights in known.values() for w in weights}
+    missed = _missed(modules, known, chosen)
+    if known and not missed:
         return {n for n, p in model.named_parameters() if id(p) in chosen}
     name = type(model).__name__
-    if found:
-        what = f"of {len(found) + len(missed)} attention modules of {name} {len(missed)} were not "
+    if known:
+        what = f"of {len(known) + len(missed)} attention modules of {name} {len(missed)} were not "
     else:
         what = f"no attention module was recognised in {name}"
     if missed:
         some = ", ".join(f"{type(modules[p]).__name__} {p!r}" for p in missed[:3])
-        what += f"recognised by the names of their projections: {some}" if found else f" ({some})"
+        what += f"recognised by the names of their projections: {some}" if known else f" ({some})"
         what += ", …" if len(missed) > 3 else ""
     raise ValueError(
         f'params="attention": {what}. Name the weights by globs instead, such as '
@@ -177,9 +177,9 @@ def _projections(modules: Mapping[str, nn.Module], path: str) -> list[Tensor]:
 
 
 def _missed(
-    modules: Mapping[str, nn.Module], found: Mapping[str, list[Tensor]], chosen: Container[int]
+    modules: Mapping[str, nn.Module], known: Mapping[str, list[Tensor]], chosen: Container[int]
 ) -> list[str]:
-    """Modules that are called attention, and parts of the table in those that were found, that have
+    """Modules that are called attention, and parts of the table in those of `known`, that have
     linear maps of which none was chosen.
     """
 
@@ -188,12 +188,12 @@ def _missed(
         return 0 if any(id(w) in chosen for w in maps) else len(maps)
 
     missed: list[str] = []
-    for path in found:
+    for path in known:
         module = modules[path]
         parts = [n for n in _named(module) if "." not in n and n not in module._parameters]
         if any(part is not None and left(part) for part in map(module._modules.get, parts)):
             missed.append(path)
-    inside = tuple(f"{path}." if path else "" for path in found)
+    inside = tuple(f"{path}." if path else "" for path in known)
     for path, module in modules.items():
         # one linear map is a gate or a score, such as there are in convolutional networks
         if _is_called(module) and left(module) > 1 and not (inside and path.startswith(inside)):

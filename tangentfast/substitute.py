@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tangentfast.anchor import theta0_of
-from tangentfast.kept import INTERNAL, modules
+from tangentfast.leftovers import INTERNAL, modules
 from tangentfast.trees import tensors, tree_map
 
 
@@ -57,9 +57,9 @@ def substituted(root: nn.Module | None, table: dict[int, Tensor], read: set[int]
                 put(module, "_parameters", _Substitutes(originals, table, read))
             for attribute, value in list(module.__dict__.items()):  # the list of a recurrent layer
                 if attribute not in INTERNAL and isinstance(value, (list, tuple, dict)):
-                    found = {id(x) for x in tensors(value)} & table.keys()
-                    if found:
-                        read |= found
+                    replaced = {id(x) for x in tensors(value)} & table.keys()
+                    if replaced:
+                        read |= replaced
                         put(module, attribute, tree_map(lambda x: table.get(id(x), x), value))
         yield
     finally:

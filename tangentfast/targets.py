@@ -90,10 +90,10 @@ def entries_of(base: object) -> Mapping[str, Tensor]:
     if isinstance(base, nn.Module) and isinstance(tau, Mapping):
         return dict(tau)
     if isinstance(base, nn.Module):
-        kept = base.state_dict().keys()
+        saved = base.state_dict().keys()
         buffers = base.named_buffers(remove_duplicate=False)
         entries: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
-        return entries | {name: buffer for name, buffer in buffers if name in kept}
+        return entries | {name: buffer for name, buffer in buffers if name in saved}
     if isinstance(base, Mapping):
         return {name: entry for name, entry in base.items() if isinstance(entry, Tensor)}
     raise TypeError(

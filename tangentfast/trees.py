@@ -16,9 +16,9 @@ _MOST = 10_000  # objects looked into: an argument may lead to half the program
 
 def tensors(tree: Any) -> list[Tensor]:
     """Every tensor in `tree`."""
-    found: list[Tensor] = []
-    _collect(tree, found, set())
-    return found
+    collected: list[Tensor] = []
+    _collect(tree, collected, set())
+    return collected
 
 
 def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -29,14 +29,14 @@ def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
     return _map(f, tree, {})
 
 
-def _collect(tree: Any, found: list[Tensor], seen: set[int]) -> None:
+def _collect(tree: Any, collected: list[Tensor], seen: set[int]) -> None:
     for x in tree_flatten(tree)[0]:
         if isinstance(x, Tensor):
-            found.append(x)
+            collected.append(x)
         elif not _atomic(x) and id(x) not in seen and len(seen) < _MOST:
             seen.add(id(x))
             for value in _inside(x).values():
-                _collect(value, found, seen)
+                _collect(value, collected, seen)
 
 
 def _map(f: Callable[[Tensor], Any], tree: Any, copies: dict[int, Any]) -> Any:

@@ -15,7 +15,7 @@ LAYERS = [
     ["study", "cli"],
     ["jvp", "info"],
     ["substitute", "linearize"],
-    ["hooks", "kept", "anchor", "select", "task_vector"],
+    ["hooks", "leftovers", "anchor", "select", "task_vector"],
     ["dispatch", "merge", "vector_file", "checkpoints"],
     ["arguments", "inplace", "fallback", "fingerprint", "targets", "coefficients"],
     ["rules"],
@@ -35,7 +35,7 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def imported(file: Path) -> set[str]:
-    rooms = set()
+    layers = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if (
             isinstance(node, ast.ImportFrom)
@@ -43,20 +43,22 @@ def imported(file: Path) -> set[str]:
             and node.module.startswith("tangentfast")
         ):
             parts = node.module.split(".")
-            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            layers |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("tangentfast.")}
-    return rooms
+            layers |= {
+                a.name.split(".")[1] for a in node.names if a.name.startswith("tangentfast.")
+            }
+    return layers
 
 
 def test_arrows_point_one_way() -> None:
-    for room, file in modules():
-        assert room in RANK, f"{file} is in no layer"
-        if room == "study":
+    for layer, file in modules():
+        assert layer in RANK, f"{file} is in no layer"
+        if layer == "study":
             continue  # uses the public interface
-        for other in imported(file) - {room, "__version__", "_C"}:
-            assert RANK[other] >= RANK[room], f"{file.name} imports {other}, a layer above it"
-    library = [file for room, file in modules() if room not in ("study", "cli")]
+        for other in imported(file) - {layer, "__version__", "_C"}:
+            assert RANK[other] >= RANK[layer], f"{file.name} imports {other}, a layer above it"
+    library = [file for layer, file in modules() if layer not in ("study", "cli")]
     assert not {"study", "cli"} & {other for file in library for other in imported(file)}
 
 

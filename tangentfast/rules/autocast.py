@@ -36,19 +36,19 @@ def narrow(x: Any, dtype: torch.dtype | None) -> Any:
         or source.stride() != x.stride()
     ):
         return x.to(dtype)
-    kept = pass_.casts.get(source)
-    if kept is None or kept[0] != (version(source), dtype):
-        kept = pass_.casts[source] = (version(source), dtype), source.detach().to(dtype)
-    return _Kept.apply(x, kept[1])
+    cached = pass_.casts.get(source)
+    if cached is None or cached[0] != (version(source), dtype):
+        cached = pass_.casts[source] = (version(source), dtype), source.detach().to(dtype)
+    return _Cast.apply(x, cached[1])
 
 
-class _Kept(torch.autograd.Function):
+class _Cast(torch.autograd.Function):
     """A copy of x that was made before, in x's place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cast: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        return kept.view_as(kept)
+        return cast.view_as(cast)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""The experiments on one regime's task vectors of one seed, each kept by content."""
+"""The experiments on one regime's task vectors of one seed, each cached by content."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["Experiments", "base_accuracy"]
 class Experiments:
     """What T task vectors do in a regime's model: entries of results.json.
 
-    A result is kept under the digest of all that it depends on; the model is built, and images are
-    looked at, only where one is missing.
+    A result is cached under the digest of all that it depends on; the model is built, and images
+    are looked at, only where one is missing.
 
     Args:
         parts: of the study.
@@ -57,7 +57,7 @@ class Experiments:
 
     def addition(self) -> dict[str, Any]:
         """``single`` and ``addition``."""
-        return self._kept(
+        return self._cached(
             lambda: addition(self._mixtures, self.tasks, self.heads, self.config.alphas),
             *("addition", self.config.alphas, self.heads),
         )
@@ -66,7 +66,7 @@ class Experiments:
         """``negation``, with the control task `control`."""
         task, head = self.parts.task(control), self.parts.head(control)
         alphas, threshold = self.config.alphas, self.config.evaluate.threshold
-        return self._kept(
+        return self._cached(
             lambda: negation(
                 *(self._mixtures, self.tasks, self.heads, task, head, alphas), threshold=threshold
             ),
@@ -75,12 +75,12 @@ class Experiments:
 
     def cosine(self) -> list[list[float]]:
         """``cosine``."""
-        return self._kept(lambda: cosine(self.vectors), "cosine")
+        return self._cached(lambda: cosine(self.vectors), "cosine")
 
     def subsets(self, alpha: float) -> list[dict[str, Any]]:
         """``subsets``, all at one α, so that regimes are compared alike; its seed is 0."""
         limit = self.config.evaluate.subsets
-        return self._kept(
+        return self._cached(
             lambda: subsets(self._mixtures, self.tasks, self.heads, alpha, limit=limit),
             *("subsets", alpha, limit, self.heads),
         )
@@ -93,7 +93,7 @@ class Experiments:
         """
         evaluate = self.config.evaluate
         alphas, images = evaluate.xi.values(), evaluate.xi_images
-        return self._kept(
+        return self._cached(
             lambda: disentanglement(
                 *(self._mixtures, self.tasks, (0, 1), heads, alphas),
                 representation=True,
@@ -107,7 +107,7 @@ class Experiments:
         device, batch = self.config.device, self.config.evaluate.batch
         return Mixtures(self.parts.encoder, self.vectors, self.tangent, device=device, batch=batch)
 
-    def _kept(self, compute: Callable[[], Any], *settings: object) -> Any:
+    def _cached(self, compute: Callable[[], Any], *settings: object) -> Any:
         key = digest(self.parts.base, self.tangent, self._contents, settings)
         return self.parts.cache.get(key, compute)
 

@@ -23,7 +23,7 @@ class Log:
     """
 
     def __init__(self, path: Path, done: int = 0) -> None:
-        write_text(path, "".join(_kept(path, done)))
+        write_text(path, "".join(_lines(path, done)))
         self.file = path.open("a", encoding="utf-8")
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):
@@ -46,11 +46,11 @@ class Log:
             self.board.close()
 
 
-def _kept(path: Path, done: int) -> list[str]:
+def _lines(path: Path, done: int) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines(True) if done and path.exists() else []
-    kept = []
+    taken = []
     for line in lines:
         with contextlib.suppress(ValueError, KeyError):
             if json.loads(line)["step"] <= done:
-                kept.append(line)
-    return kept
+                taken.append(line)
+    return taken

@@ -73,11 +73,11 @@ def run(
         )
         with Progress(*columns, console=console, transient=True) as progress:
             tunings = Tunings(parts, progress)
-            tunings.run()
-            found = _evaluate(parts, tunings, progress) if stage != "finetune" else {}
+            tunings.complete()
+            measured = _evaluate(parts, tunings, progress) if stage != "finetune" else {}
     if stage != "finetune":
         seconds = float((config.out / "seconds").read_text())
-        write_json(config.out / "results.json", _about(parts, command, seconds) | found)
+        write_json(config.out / "results.json", _about(parts, command, seconds) | measured)
     if stage == "run":
         _report(config, console)
     return None
@@ -98,17 +98,17 @@ def _evaluate(parts: Parts, tunings: Tunings, progress: Progress) -> dict[str, A
     regimes: dict[str, Any] = {}
     study: list[dict[str, Any]] = []
     total = len(config.train.regimes) * len(config.train.seeds)
-    bar = progress.add_task("evaluation", total=total, speed="")
+    progress_bar = progress.add_task("evaluation", total=total, speed="")
     for regime in config.train.regimes:
         entry = regimes[regime] = _cost(regime, tunings)
         for seed in config.train.seeds:
-            progress.update(bar, description=f"evaluation, {regime}, seed {seed}")
+            progress.update(progress_bar, description=f"evaluation, {regime}, seed {seed}")
             rows = tunings.headline(regime, seed)
             first = seed == config.train.seeds[0]
             measured, maps = _measured(parts, tunings, regime, rows, first)
             entry["runs"].append({"seed": seed} | measured)
-            study += [{"regime": regime} | found for found in maps]
-            progress.advance(bar)
+            study += [{"regime": regime} | head_map for head_map in maps]
+            progress.advance(progress_bar)
     base = {name: base_accuracy(parts, name) for name in config.data.tasks}
     return {"base": base, "regimes": regimes, "head_study": study}
 
@@ -130,12 +130,12 @@ def _cost(regime: str, tunings: Tunings) -> dict[str, Any]:
     if vectors_of:
         return entry
     rows = [row for seed in train.seeds for row in tunings.headline(regime, seed)]
-    figures = [tunings.figures(row) for row in rows]
+    summaries = [tunings.summary(row) for row in rows]
     return entry | {
-        "trained_parameters": figures[0]["trained_parameters"],
-        "seconds_per_step": median(f["seconds_per_step"] for f in figures),
-        "samples_per_second": median(f["samples_per_second"] for f in figures),
-        "peak_bytes": max(f["peak_bytes"] for f in figures),
+        "trained_parameters": summaries[0]["trained_parameters"],
+        "seconds_per_step": median(f["seconds_per_step"] for f in summaries),
+        "samples_per_second": median(f["samples_per_second"] for f in summaries),
+        "peak_bytes": max(f["peak_bytes"] for f in summaries),
     }
 
 
@@ -146,20 +146,20 @@ def _measured(
     config = parts.config
     every = _experiments(parts, tunings, regime, rows)
     added = every.addition()
-    found = {"single": added["single"], "addition": added["addition"]}
+    measured = {"single": added["single"], "addition": added["addition"]}
     if config.data.control:
-        found["negation"] = every.negation(config.data.control)
-    found["cosine"] = every.cosine()
+        measured["negation"] = every.negation(config.data.control)
+    measured["cosine"] = every.cosine()
     if first and config.evaluate.subsets and len(rows) > 1:
-        found["subsets"] = every.subsets(added["addition"]["alpha"])
-    found["disentanglement"], study = [], []
+        measured["subsets"] = every.subsets(added["addition"]["alpha"])
+    measured["disentanglement"], study = [], []
     by_name = {row.task: row for row in rows}
     for number, pair in enumerate(config.pairs):
         kinds = config.evaluate.head_study if first and not number else []
         maps, more = _maps(every.only(pair), tunings, [by_name[name] for name in pair], kinds)
-        found["disentanglement"] += maps
+        measured["disentanglement"] += maps
         study += more
-    return found, study
+    return measured, study
 
 
 def _maps(
@@ -178,8 +178,8 @@ def _maps(
         if kind != own and kind != "trained":
             heads[kind] = [two.parts.head(row.task, kind) for row in pair]
     maps = two.disentanglement(heads)
-    bare = [found for found in maps if found["kind"] == "representation"]
-    by_head = {found["head"]: found for found in maps}
+    bare = [one for one in maps if one["kind"] == "representation"]
+    by_head = {one["head"]: one for one in maps}
     if "trained" in kinds and own != "trained":
         # Encoder and head fine-tuned together: other task vectors, at the rate of the headline.
         pair = [replace(row, train_head=True) for row in pair]
@@ -242,11 +242,11 @@ def _report(config: Config, console: Console) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("tangentfast", "torch", "timm", "open_clip_torch", "torchvision"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _cpu() -> str:

@@ -120,61 +120,61 @@ def finetune(
     if finished := _finished(out, identity):
         return finished
     memory = PeakMemory(torch.device(device))
-    run = Trainee(encoder, head, regime, options, device)
+    trainee = Trainee(encoder, head, regime, options, device)
     file = out / "checkpoint.pt"
-    seconds, peak = _restore(run, file, identity)
+    seconds, peak = _restore(trainee, file, identity)
 
     def save() -> None:
-        run.save(file, identity=identity, seconds=seconds, peak=max(peak, memory.bytes()))
+        trainee.save(file, identity=identity, seconds=seconds, peak=max(peak, memory.bytes()))
 
-    batches = _batches(task.train, options, seed, len(seconds), pin=run.device.type == "cuda")
+    batches = _batches(task.train, options, seed, len(seconds), pin=trainee.device.type == "cuda")
     with closing(batches), closing(Log(log or out / "log.jsonl", done=len(seconds))) as journal:
         saved = time.perf_counter()
         try:
-            while run.steps < options.steps:
+            while trainee.steps < options.steps:
                 began = time.perf_counter()
-                rate = learning_rate(run.steps, options.steps, options.lr, options.warmup)
-                loss, norm = run.step(batches, rate)
+                rate = learning_rate(trainee.steps, options.steps, options.lr, options.warmup)
+                loss, norm = trainee.step(batches, rate)
                 if not math.isfinite(loss):
                     raise DivergedError(
                         f"finetune: the loss of {task.name} ({regime.name}, lr {options.lr:g}) is "
-                        f"{loss} at step {run.steps}; expected a finite one: take a smaller lr"
+                        f"{loss} at step {trainee.steps}; expected a finite one: take a smaller lr"
                     )
                 now = time.perf_counter()
                 speed = options.batch * options.accumulate / (now - began)
                 journal.write(
-                    run.steps, loss=loss, lr=rate, grad_norm=norm, images_per_second=speed
+                    trainee.steps, loss=loss, lr=rate, grad_norm=norm, images_per_second=speed
                 )
                 seconds.append(now - began)
                 if advance is not None:
-                    advance(run.steps, speed)
+                    advance(trainee.steps, speed)
                 if now - saved > checkpoint:
                     save()
                     saved = now
         except BaseException:
-            if run.steps == len(seconds) > 0:  # else in the middle of a step's update
+            if trainee.steps == len(seconds) > 0:  # else in the middle of a step's update
                 with contextlib.suppress(OSError):  # a full disk is what is being raised
                     save()
             raise
     median = statistics.median(seconds[min(LEFT_OUT, len(seconds) // 2) :])
-    figures: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "seconds_per_step": median,
         "samples_per_second": options.batch * options.accumulate / median,
         "peak_bytes": max(peak, memory.bytes()),
-        "val_accuracy": run.accuracy(task.val),
-        "trained_parameters": sum(p.numel() for p in run.trained.values()),
+        "val_accuracy": trainee.accuracy(task.val),
+        "trained_parameters": sum(p.numel() for p in trainee.trained.values()),
     }
     out.mkdir(parents=True, exist_ok=True)
-    vector, trained_head = run.vector(), run.head_state()
+    vector, trained_head = trainee.vector(), trainee.head_state()
     vector.save(out / "vector.safetensors")
     if trained_head is not None:
         with replacing(out / "head.safetensors") as opened:
             opened.write(safetensors_bytes(trained_head))
     write_json(
-        out / "result.json", {"identity": identity, "figures": figures}
+        out / "result.json", {"identity": identity, "figures": summary}
     )  # last: all is there
     file.unlink(missing_ok=True)
-    return Finetuned(vector, trained_head, **figures)
+    return Finetuned(vector, trained_head, **summary)
 
 
 def sample_order(seed: int, images: int, start: int, count: int) -> Tensor:
@@ -227,16 +227,16 @@ def _finished(out: Path, identity: str) -> Finetuned | None:
     return finished
 
 
-def _restore(run: Trainee, file: Path, identity: str) -> tuple[list[float], int]:
+def _restore(trainee: Trainee, file: Path, identity: str) -> tuple[list[float], int]:
     """Go back to a checkpoint if there is one: seconds of the steps so far, peak of memory."""
     try:
-        state: dict[str, Any] = torch.load(file, map_location=run.device, weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location=trainee.device, weights_only=True)
     except FileNotFoundError:
         return [], 0
     except (RuntimeError, EOFError, pickle.UnpicklingError):  # damaged: from the beginning
         return [], 0
     _check_identity(file, state["identity"], identity)
-    run.restore(state, len(state["seconds"]))
+    trainee.restore(state, len(state["seconds"]))
     return state["seconds"], state["peak"]
 
 

@@ -1,4 +1,4 @@
-"""Every fine-tuning of a study: done once, kept by content, with the learning rate chosen."""
+"""Every fine-tuning of a study: done once, cached by content, with the learning rate chosen."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Tunings:
         chosen = (REGIMES[name] for name in self.parts.config.train.regimes)
         return list(dict.fromkeys(regime.vectors_of or regime.name for regime in chosen))
 
-    def run(self) -> None:
+    def complete(self) -> None:
         """Do all that the headline needs, and put its vectors under ``vectors/``."""
         train, out = self.parts.config.train, self.parts.config.out
         for regime in self.regimes:
@@ -88,30 +88,32 @@ class Tunings:
             ]
             for lr in sorted(config.train.lr)
         }
-        found = {lr: [self.figures(tuning) for tuning in row] for lr, row in grid.items()}
-        accuracy = {lr: fmean(f["val_accuracy"] for f in row) for lr, row in found.items()}
-        for lr, row in found.items():
-            if any("diverged" in figures for figures in row):
+        summaries = {lr: [self.summary(tuning) for tuning in row] for lr, row in grid.items()}
+        accuracy = {lr: fmean(f["val_accuracy"] for f in row) for lr, row in summaries.items()}
+        for lr, row in summaries.items():
+            if any("diverged" in summary for summary in row):
                 accuracy[lr] = 0.0
         best = max(accuracy, key=lambda lr: accuracy[lr])
-        if diverged := [f["diverged"] for f in found[best] if "diverged" in f]:
+        if diverged := [f["diverged"] for f in summaries[best] if "diverged" in f]:
             raise DivergedError(f"{regime} diverged at every rate of train.lr; {diverged[0]}")
         for lr, losers in grid.items():
             for tuning in losers if lr != best else ():
                 shutil.rmtree(self._folder(tuning), ignore_errors=True)
         return best, accuracy
 
-    def figures(self, tuning: Tuning) -> dict[str, Any]:
+    def summary(self, tuning: Tuning) -> dict[str, Any]:
         """`Finetuned` without its tensors; also ``diverged``, the message, where training did."""
 
         def compute() -> dict[str, Any]:
             try:
-                return _figures(self._finetune(tuning))
+                return _summary(self._finetune(tuning))
             except DivergedError as error:
                 return {"val_accuracy": 0.0, "diverged": str(error)}
 
-        found: dict[str, Any] = self.parts.cache.get(digest("figures", self._key(tuning)), compute)
-        return found
+        summary: dict[str, Any] = self.parts.cache.get(
+            digest("figures", self._key(tuning)), compute
+        )
+        return summary
 
     def vector(self, tuning: Tuning) -> tf.TaskVector:
         """τ, on the CPU."""
@@ -155,10 +157,10 @@ class Tunings:
         parts, options = self.parts, self._options(tuning)
         name = f"{tuning.regime}-{tuning.task}-seed{tuning.seed}-lr{tuning.lr:g}"
         name = _file_name(name) + ("-head" if tuning.train_head else "")
-        bar = self.progress.add_task(name, total=options.steps, speed="")
+        progress_bar = self.progress.add_task(name, total=options.steps, speed="")
 
         def advance(step: int, speed: float) -> None:
-            self.progress.update(bar, completed=step, speed=f"{speed:.0f} images/s")
+            self.progress.update(progress_bar, completed=step, speed=f"{speed:.0f} images/s")
 
         try:
             return finetune(
@@ -175,10 +177,10 @@ class Tunings:
                 advance=advance,
             )
         finally:
-            self.progress.remove_task(bar)
+            self.progress.remove_task(progress_bar)
 
 
-def _figures(finetuned: Finetuned) -> dict[str, Any]:
+def _summary(finetuned: Finetuned) -> dict[str, Any]:
     return {
         "val_accuracy": finetuned.val_accuracy,
         "seconds_per_step": finetuned.seconds_per_step,

@@ -71,5 +71,5 @@ def test_one_command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert 0 <= run["addition"]["absolute"] <= 1
         assert math.isfinite(run["negation"]["control_base"])
     assert {entry["head"] for entry in results["head_study"]} >= {"zero-shot", "prototype", "probe"}
-    # The data sets are the papers' and the model is called as theirs: the published figures.
+    # The data sets are the papers' and the model is called as theirs: the published numbers.
     assert "2604.17078" in (out / "report.html").read_text()

@@ -58,15 +58,15 @@ def merge_(
     rows = prepare(bases, split(vectors, counts))
     most = min(PART, max((base.numel() for base in bases), default=0))
     device = bases[0].device if bases else "cpu"
-    room = torch.empty(8, most, dtype=torch.float64, device=device)
+    scratch = torch.empty(8, most, dtype=torch.float64, device=device)
     for base, row, factors in zip(bases, rows, split(alphas, counts), strict=True):
         if not row:
             continue
         for part, *terms in _parts([base, *row]):
             if base.dtype == torch.float64:
-                _merge_pairs(part, terms, factors, room)
+                _merge_pairs(part, terms, factors, scratch)
             else:
-                _merge(part, terms, factors, room)
+                _merge(part, terms, factors, scratch)
 
 
 def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -81,11 +81,13 @@ def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield from _parts([t.narrow(d, start, length) for t in tensors])
 
 
-def _merge(base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], room: Tensor) -> None:
+def _merge(
+    base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], scratch: Tensor
+) -> None:
     """Terms first, base last, in float32 among halves and in float64 otherwise."""
     halves = all(t.element_size() == 2 for t in (base, *terms))
-    rooms = room.view(torch.float32) if halves else room
-    total, term, low = (r[: base.numel()].view(base.shape) for r in rooms[:3])
+    buffers = scratch.view(torch.float32) if halves else scratch
+    total, term, low = (r[: base.numel()].view(base.shape) for r in buffers[:3])
     for k, (vector, alpha) in enumerate(zip(terms, factors, strict=True)):
         # Product and sum rounded separately: add_(alpha=) may fuse them, the kernels never do.
         term.copy_(vector).mul_(alpha)
@@ -95,10 +97,10 @@ def _merge(base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], room
 
 
 def _merge_pairs(
-    base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], room: Tensor
+    base: Tensor, terms: Sequence[Tensor], factors: Sequence[float], scratch: Tensor
 ) -> None:
     """The same in pairs hi + lo of float64; the formulas are those of csrc/merge/formula.h."""
-    hi, lo, v, p, s, t, error, rest = (r[: base.numel()].view(base.shape) for r in room)
+    hi, lo, v, p, s, t, error, rest = (r[: base.numel()].view(base.shape) for r in scratch)
     hi.fill_(-0.0)
     lo.zero_()
     for vector, alpha in zip(terms, factors, strict=True):
@@ -124,7 +126,7 @@ def _two_sum(x: Tensor, y: Tensor, s: Tensor, t: Tensor, error: Tensor) -> None:
 
 
 def _product_error(
-    v: Tensor, alpha: float, p: Tensor, high: Tensor, low: Tensor, error: Tensor, room: Tensor
+    v: Tensor, alpha: float, p: Tensor, high: Tensor, low: Tensor, error: Tensor, scratch: Tensor
 ) -> None:
     """p + error = alpha v, exactly (Dekker 1971): without a fused multiply-add, from halves."""
     torch.mul(v, SPLIT, out=low)
@@ -138,7 +140,7 @@ def _product_error(
         (high, alpha - alpha_high),
         (low, alpha - alpha_high),
     ):
-        error.add_(torch.mul(part, factor, out=room))
+        error.add_(torch.mul(part, factor, out=scratch))
     error.nan_to_num_(0, 0, 0)  # a number too large to be split: its product is rounded
 
 
@@ -172,7 +174,7 @@ def to_odd_(total: Tensor, low: Tensor) -> Tensor:
     """`total` (float64) in place to the 24 digits of float32, rounded to odd.
 
     torch converts float64 to a half by way of float32, which rounds twice. After rounding to odd
-    the second rounding is the only one that counts (Boldo and Melquiond 2008). `low` is room.
+    the second rounding is the only one that counts (Boldo and Melquiond 2008). `low` is scratch.
     """
     bits, rest = total.view(torch.int64), low.view(torch.int64)
     torch.bitwise_and(bits, DROPPED, out=rest)

@@ -14,7 +14,7 @@ __all__ = ["Colour", "Random", "clutter", "colours", "font", "grain", "hsv", "pa
 Colour = tuple[int, int, int]
 Random = np.random.Generator
 
-# Least difference of the summed RGB values of ink and paper: below it, figures are hard to see.
+# Least difference of the summed RGB values of ink and paper: below it, shapes are hard to see.
 CONTRAST = 280
 
 

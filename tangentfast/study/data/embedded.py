@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..assets import animal_arrays, mnist_arrays
 from .canvas import Random, grain
-from .figures import (
+from .glyphs import ALPHABETS, FACES, draw_typeface, letter_drawer
+from .shapes import (
     COLOURS,
     COUNTS,
     DIRECTIONS,
@@ -26,7 +27,6 @@ from .figures import (
     draw_shape,
     draw_sign,
 )
-from .glyphs import ALPHABETS, FACES, draw_typeface, letter_drawer
 from .task import Task, TensorSplit, unique_splits
 from .textures import TEXTURES, draw_texture
 

@@ -48,10 +48,10 @@ def accuracies(
         ValueError, FloatingPointError: as `Mixtures.sweep`.
     """
     requests = [Request(s, rows, argmax(mixtures, head)) for s, head, rows in wanted]
-    found = mixtures.sweeps(requests)
+    predictions = mixtures.sweeps(requests)
     return [
         (predicted == split.labels.cpu()).double().mean(1)
-        for predicted, (split, _, _) in zip(found, wanted, strict=True)
+        for predicted, (split, _, _) in zip(predictions, wanted, strict=True)
     ]
 
 
@@ -88,10 +88,10 @@ def merged_accuracies(
             if t in subset
         ]
         wanted.append((getattr(task, part), head, torch.cat([alone[t : t + 1], *rows])))
-    found = [iter(accuracy) for accuracy in accuracies(mixtures, wanted)]
-    single = torch.stack([next(accuracy) for accuracy in found])
+    per_task = [iter(accuracy) for accuracy in accuracies(mixtures, wanted)]
+    single = torch.stack([next(accuracy) for accuracy in per_task])
     merged = [
-        torch.stack([torch.stack([next(found[t]) for _ in values]) for t in subset], 1)
+        torch.stack([torch.stack([next(per_task[t]) for _ in values]) for t in subset], 1)
         for subset, values in zip(chosen, alphas, strict=True)
     ]
     return single, merged

@@ -87,7 +87,7 @@ class Mixtures:
         _check(vectors, self._weights)
         # Plain mappings: the base is checked once, above, not at each merge.
         self.vectors = [{n: t.to(self.device) for n, t in v.items()} for v in vectors]
-        self._kept: dict[int, _Kept] = {}
+        self._saved: dict[int, _SavedFeatures] = {}
         names = {} if tangent else dict.fromkeys(name for v in self.vectors for name in v)
         self._theta0 = {name: self._weights[name].detach().clone() for name in names}
 
@@ -155,34 +155,34 @@ class Mixtures:
     def _linear(self, answers: Sequence[_Answer]) -> None:
         """Answers for one split, from one pass."""
         split = answers[0].split
-        kept = self._kept.pop(id(split), None)
+        saved = self._saved.pop(id(split), None)
         rows = torch.cat([answer.rows for answer in answers])
-        known = rows.new_empty(0, rows.shape[1]) if kept is None else kept.basis
+        known = rows.new_empty(0, rows.shape[1]) if saved is None else saved.basis
         basis = extend(known, rows)
         directions = [self._direction(row) for row in basis[len(known) :].tolist()]
         # Column 0 is f(x; θ0), which every mixture has once.
         tables = [
             torch.cat([a.rows.new_ones(len(a.rows), 1), combine(basis, a.rows)], 1) for a in answers
         ]
-        old = [] if kept is None else kept.features
-        room: list[Tensor] | None = []
+        old = [] if saved is None else saved.features
+        buffers: list[Tensor] | None = []
         for index in self._batches(split):
             fresh = []
             if directions or not old:
                 fresh = self._pass(split, index, directions)[1 if old else 0 :]
                 if not int(index[0]):
-                    room = self._room(len(split), fresh, old)
-                for whole, part in zip(room or [], fresh, strict=room is not None):
+                    buffers = self._buffers(len(split), fresh, old)
+                for whole, part in zip(buffers or [], fresh, strict=buffers is not None):
                     whole[index] = part.cpu()
             parts = [f[index].to(self.device) for f in old]
             features = torch.stack([*parts, *fresh])  # [1 + r, n, D]
             for answer, table in zip(answers, tables, strict=True):
                 table = table.to(self.device, features.dtype)
-                for chosen in answer.runs(max(1, ROWS // len(index))):
+                for chosen in answer.chunks(max(1, ROWS // len(index))):
                     mixed = torch.einsum("gk,knd->gnd", table[chosen], features)
                     answer.take(chosen, mixed, index)
-        if room is not None:
-            self._kept[id(split)] = _Kept(split, basis, old + room)
+        if buffers is not None:
+            self._saved[id(split)] = _SavedFeatures(split, basis, old + buffers)
 
     def _pass(
         self, split: Split, index: Tensor, directions: list[dict[str, Tensor]]
@@ -206,13 +206,13 @@ class Mixtures:
         }
         return tf.merge_(zero, [self.vectors[t] for t in used], [row[t] for t in used])
 
-    def _room(self, images: int, fresh: list[Tensor], old: list[Tensor]) -> list[Tensor] | None:
+    def _buffers(self, images: int, fresh: list[Tensor], old: list[Tensor]) -> list[Tensor] | None:
         """Memory for `fresh` [n, D] of a whole split [images, D], where the budget has it."""
         size = images * fresh[0].shape[1] * fresh[0].element_size() * (len(fresh) + len(old))
         if size > self.keep_bytes:
             return None
-        while sum(kept.bytes for kept in self._kept.values()) + size > self.keep_bytes:
-            del self._kept[next(iter(self._kept))]
+        while sum(saved.bytes for saved in self._saved.values()) + size > self.keep_bytes:
+            del self._saved[next(iter(self._saved))]
         return [torch.empty(images, f.shape[1], dtype=f.dtype) for f in fresh]
 
     def _batches(self, split: Split) -> Iterator[Tensor]:
@@ -224,7 +224,7 @@ class Mixtures:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _SavedFeatures:
     """f(x; θ0) and J(x) τ for each row τ of `basis`, of a whole split: [N, D] each, on the CPU."""
 
     split: Split  # held, so that no other split gets its id
@@ -266,7 +266,7 @@ class _Answer:
                 "coefficients, expected one each"
             )
 
-    def runs(self, most: int) -> Iterator[list[int]]:
+    def chunks(self, most: int) -> Iterator[list[int]]:
         """Rows in order, at most `most` at a time, of one function each."""
         for _, group in groupby(range(len(self.rows)), key=lambda g: id(self.reducers[g])):
             rows = list(group)

@@ -73,22 +73,22 @@ def negation(
     for task, head, row in zip(tasks, heads, down, strict=True):
         rows = candidates[:, None] * row
         wanted += [(task.val, head, rows), (control.val, control_head, rows)]
-    found = accuracies(mixtures, wanted)
+    measured = accuracies(mixtures, wanted)
 
     results: dict[str, dict[str, Any]] = {}
     wanted = []
     for task, head, row, target_val, control_val in zip(
-        tasks, heads, down, found[0::2], found[1::2], strict=True
+        tasks, heads, down, measured[0::2], measured[1::2], strict=True
     ):
-        kept = control_val >= threshold * control_val[0] - ROUNDING
-        best = first_best(torch.where(kept, -target_val, -torch.inf))
+        allowed = control_val >= threshold * control_val[0] - ROUNDING
+        best = first_best(torch.where(allowed, -target_val, -torch.inf))
         at = candidates[best, None, None] * row
         wanted += [(task.test, head, at), (control.test, control_head, at)]
         results[task.name] = {
             "target_val": target_val[1:].tolist(),
             "control_val": control_val[1:].tolist(),
             "alpha": candidates[best].item(),
-            "reached": bool((kept & (candidates > 0)).any()),
+            "reached": bool((allowed & (candidates > 0)).any()),
         }
     *at_best, base = accuracies(mixtures, [*wanted, (control.test, control_head, 0 * down[:1])])
     for result, target, control_left in zip(

@@ -92,14 +92,14 @@ def _choose(count: int, limit: int, seed: int) -> list[Subset]:
     if sum(comb(count, size) for size in sizes) <= limit:
         return [s for size in reversed(sizes) for s in combinations(range(count), size)]
     draw = random.Random(seed)
-    found: dict[int, set[Subset]] = {size: set() for size in sizes}
+    drawn: dict[int, set[Subset]] = {size: set() for size in sizes}
     left = limit
     while left:
         for size in sizes:
-            if not left or len(found[size]) == comb(count, size):
+            if not left or len(drawn[size]) == comb(count, size):
                 continue
-            before = len(found[size])
-            while len(found[size]) == before:
-                found[size].add(tuple(sorted(draw.sample(range(count), size))))
+            before = len(drawn[size])
+            while len(drawn[size]) == before:
+                drawn[size].add(tuple(sorted(draw.sample(range(count), size))))
             left -= 1
-    return sorted((s for group in found.values() for s in group), key=lambda s: (len(s), s))
+    return sorted((s for group in drawn.values() for s in group), key=lambda s: (len(s), s))

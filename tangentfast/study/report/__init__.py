@@ -28,10 +28,10 @@ def write(run: Path) -> list[Path]:
         OSError: The files could not be written; those of an earlier report are then left whole.
     """
     results = load(run)
-    found = tables(results)
+    all_tables = tables(results)
     pictures, drawn = illustrate(draw(results))
-    pages = report_pages(results, found, pictures)
-    latex = {f"tables/{table.name}.tex": table.latex().encode("utf-8") for table in found}
+    pages = report_pages(results, all_tables, pictures)
+    latex = {f"tables/{table.name}.tex": table.latex().encode("utf-8") for table in all_tables}
     return publish(run, drawn | latex | pages)
 
 

@@ -83,18 +83,19 @@ class Finding:
 
     def sentence(self) -> str:
         """What the pair says about the claim, in words."""
-        told: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
+        phrases: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
         single: list[str] = []
-        for found in self.comparisons:
-            if found.difference.n == 1:
-                single.append(f"{NAMES[found.measure.key]} {found.text()}")
-            elif found.difference.n:
-                told[found.verdict].append(f"{NAMES[found.measure.key]} {found.text()}")
+        for comparison in self.comparisons:
+            phrase = f"{NAMES[comparison.measure.key]} {comparison.text()}"
+            if comparison.difference.n == 1:
+                single.append(phrase)
+            elif comparison.difference.n:
+                phrases[comparison.verdict].append(phrase)
         parts = [
-            f"better in {', '.join(told['better'])}" if told["better"] else "",
-            f"worse in {', '.join(told['worse'])}" if told["worse"] else "",
-            f"no difference beyond the seeds' spread in {', '.join(told['undecided'])}"
-            if told["undecided"]
+            f"better in {', '.join(phrases['better'])}" if phrases["better"] else "",
+            f"worse in {', '.join(phrases['worse'])}" if phrases["worse"] else "",
+            f"no difference beyond the seeds' spread in {', '.join(phrases['undecided'])}"
+            if phrases["undecided"]
             else "",
             f"with one seed, so undecided, {', '.join(single)}" if single else "",
         ]
@@ -127,11 +128,11 @@ def _cost(results: Results, left: str, right: str) -> str:
     return f" Training costs {' and '.join(parts)}." if parts else ""
 
 
-def verdict(found: Sequence[Finding]) -> str:
+def verdict(pairs: Sequence[Finding]) -> str:
     """What a claim's first pair of regimes says about it, in a sentence."""
-    if not found:
+    if not pairs:
         return "This run has none of the pairs of regimes that the claim is about."
-    first = found[0]
+    first = pairs[0]
     verdicts = [c.verdict for c in first.comparisons if c.difference.n]
     better, worse = verdicts.count("better"), verdicts.count("worse")
     said = {

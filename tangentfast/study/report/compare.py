@@ -33,12 +33,12 @@ def coverage(runs: Mapping[str, Results]) -> Table:
         labels |= {name: regime.label for name, regime in results.regimes.items()}
     rows = []
     for name, label in labels.items():
-        found = [r.regimes[name].runs if name in r.regimes else None for r in runs.values()]
-        told = [
-            "not run" if of is None else ", ".join(str(run.seed) for run in of) or "none"
-            for of in found
+        trials = [r.regimes[name].trials if name in r.regimes else None for r in runs.values()]
+        seeds = [
+            "not run" if of is None else ", ".join(str(trial.seed) for trial in of) or "none"
+            for of in trials
         ]
-        rows.append((label, *told, "yes" if len(set(told)) == 1 else "no"))
+        rows.append((label, *seeds, "yes" if len(set(seeds)) == 1 else "no"))
     columns = ("regime", *runs, "the same")
     return Table("seeds", "Seeds by regime", columns, tuple(rows))
 
@@ -46,7 +46,7 @@ def coverage(runs: Mapping[str, Results]) -> Table:
 def compare(runs: Sequence[Path], out: Path) -> list[Path]:
     """Write tables, figures, compare.md and compare.html of `runs` to the folder `out`.
 
-    Regimes that a run does not have are shown as not run, and published figures beside the runs on
+    Regimes that a run does not have are shown as not run, and published numbers beside the runs on
     the papers' eight data sets.
 
     Raises:
@@ -57,12 +57,12 @@ def compare(runs: Sequence[Path], out: Path) -> list[Path]:
         raise ResultsError(f"compare: expected two runs or more, got {len(runs)}")
     results = [load(run) for run in runs]
     named = dict(zip(names(runs, results), results, strict=True))
-    found = [side_by_side(named), coverage(named)]
+    compared = [side_by_side(named), coverage(named)]
     if settings := differences(named):
         columns = ("setting", *named)
-        found.append(
+        compared.append(
             Table("settings", "Settings that differ", columns, tuple(settings), labels=len(columns))
         )
     pictures, drawn = illustrate(by_run(named))
-    latex = {f"tables/{table.name}.tex": table.latex().encode("utf-8") for table in found}
-    return publish(out, drawn | latex | compare_page(named, found, pictures))
+    latex = {f"tables/{table.name}.tex": table.latex().encode("utf-8") for table in compared}
+    return publish(out, drawn | latex | compare_page(named, compared, pictures))

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .schema import Regime, Results, Run
+from .schema import Regime, Results, Trial
 
 __all__ = ["MEASURE", "MEASURES", "Measure", "Spread", "by_seed", "maps", "mean", "merged"]
 
 
 def mean(values: Iterable[float]) -> float:
     """Mean of `values`; NaN without any, or if one of them is NaN."""
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else math.nan
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Spread:
     @classmethod
     def over(cls, values: Sequence[float]) -> Spread:
         """Of one value a seed; those that are not finite count in `of` alone."""
-        found = [value for value in values if math.isfinite(value)]
-        centre = mean(found)
+        finite = [value for value in values if math.isfinite(value)]
+        centre = mean(finite)
         std = math.nan
-        if len(found) > 1:
-            std = math.sqrt(sum((v - centre) ** 2 for v in found) / (len(found) - 1))
-        return cls(centre, std, len(found), len(values))
+        if len(finite) > 1:
+            std = math.sqrt(sum((v - centre) ** 2 for v in finite) / (len(finite) - 1))
+        return cls(centre, std, len(finite), len(values))
 
     def text(self, write: Callable[[float], str]) -> str:
         """`mean ± std`, with `(n/of)` where seeds lack the value, and – where all do."""
@@ -66,9 +66,9 @@ def rate(value: float) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """One column of the headline: `of` gives a value for each run, or one for the regime.
+    """One column of the headline: `of` gives a value for each trial, or one for the regime.
 
-    `points` is how a difference of two values is told: its factor, its digits and its unit.
+    `points` is how a difference of two values is written: its factor, its digits and its unit.
     """
 
     key: str
@@ -90,38 +90,38 @@ class Measure:
         return max(means) if self.better == "high" else min(means)
 
 
-def maps(run: Run, kind: str = "prediction") -> list[float]:
+def maps(trial: Trial, kind: str = "prediction") -> list[float]:
     """ξ over the search box, of every pair of tasks."""
-    return [found.box for found in run.disentanglement if found.kind == kind]
+    return [pair_map.box for pair_map in trial.disentanglement if pair_map.kind == kind]
 
 
-def merged(run: Run, task: str) -> float:
+def merged(trial: Trial, task: str) -> float:
     """Test accuracy on `task` of the merge at the α that validation chose."""
-    return run.addition.test.get(task, math.nan) if run.addition else math.nan
+    return trial.addition.test.get(task, math.nan) if trial.addition else math.nan
 
 
-def _runs(value: Callable[[Run], float]) -> Callable[[Regime], list[float]]:
-    return lambda regime: [value(run) for run in regime.runs]
+def _each(value: Callable[[Trial], float]) -> Callable[[Regime], list[float]]:
+    return lambda regime: [value(trial) for trial in regime.trials]
 
 
 def _fact(value: Callable[[Regime], float | None]) -> Callable[[Regime], list[float]]:
     def of(regime: Regime) -> list[float]:
-        found = value(regime)
-        return [] if found is None else [found]
+        number = value(regime)
+        return [] if number is None else [number]
 
     return of
 
 
 def _addition(key: str) -> Callable[[Regime], list[float]]:
-    return _runs(lambda r: getattr(r.addition, key) if r.addition else math.nan)
+    return _each(lambda r: getattr(r.addition, key) if r.addition else math.nan)
 
 
 def _negation(key: str) -> Callable[[Regime], list[float]]:
-    return _runs(lambda r: getattr(r.negation, key) if r.negation else math.nan)
+    return _each(lambda r: getattr(r.negation, key) if r.negation else math.nan)
 
 
 MEASURES = (
-    Measure("single", "single task, %", _runs(lambda r: mean(r.single.values())), percent, "high"),
+    Measure("single", "single task, %", _each(lambda r: mean(r.single.values())), percent, "high"),
     Measure("absolute", "addition, absolute, %", _addition("absolute"), percent, "high"),
     Measure("normalized", "addition, normalised, %", _addition("normalized"), percent, "high"),
     Measure("alpha", "α", _addition("alpha"), lambda v: f"{v:.2f}"),
@@ -129,7 +129,7 @@ MEASURES = (
     Measure("target", "negation, target, %", _negation("target"), percent, "low"),
     Measure("control", "negation, control, %", _negation("control"), percent),
     Measure(
-        "xi", "ξ over the box", _runs(lambda r: mean(maps(r))), lambda v: f"{v:.3f}", "low",
+        "xi", "ξ over the box", _each(lambda r: mean(maps(r))), lambda v: f"{v:.3f}", "low",
         (1.0, 3, ""),
     ),
     Measure(
@@ -153,5 +153,5 @@ def by_seed(results: Results, regime: str, measure: Measure) -> dict[int, float]
     """A measure's value with each seed; none for a regime that is not there."""
     if regime not in results.regimes:
         return {}
-    found = results.regimes[regime]
-    return dict(zip((run.seed for run in found.runs), measure.of(found), strict=True))
+    chosen = results.regimes[regime]
+    return dict(zip((trial.seed for trial in chosen.trials), measure.of(chosen), strict=True))

@@ -60,15 +60,15 @@ def illustrate(drawings: Iterable[Drawing]) -> tuple[list[Picture], dict[str, by
 
 @cache
 def _environment() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("tangentfast.study.report", "templates"),
         autoescape=lambda name: bool(name) and ".html" in str(name),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["md"] = markdown
-    return found
+    environment.filters["md"] = markdown
+    return environment
 
 
 def _render(name: str, **values: Any) -> str:
@@ -100,7 +100,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     size = "" if model.image_size is None else f", {model.image_size} px"
     weights = "" if model.pretrained is None else f", {model.pretrained}"
     origin = f" ({model.library}{weights})" if model.library else ""
-    found = [
+    rows = [
         ("model", f"{model.name}{origin}{parameters}{size}"),
         ("head", results.head),
         ("tasks", ", ".join(task.name for task in results.tasks)),
@@ -112,7 +112,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("date", results.date),
         ("time", _duration(results.seconds)),
     ]
-    return [(key, value) for key, value in found if value]
+    return [(key, value) for key, value in rows if value]
 
 
 def report_pages(
@@ -146,8 +146,8 @@ def report_pages(
 def differences(runs: Mapping[str, Results]) -> list[tuple[str, ...]]:
     """(key, value in each run) of the facts and settings that are not the same in all runs."""
     each = [dict(facts(r)) | dict(flat(r.config)) for r in runs.values()]
-    keys = dict.fromkeys(key for found in each for key in found)
-    rows = [(key, *(found.get(key, "–") for found in each)) for key in keys]
+    keys = dict.fromkeys(key for values in each for key in values)
+    rows = [(key, *(values.get(key, "–") for values in each)) for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

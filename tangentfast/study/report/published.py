@@ -1,4 +1,4 @@
-"""Published figures of the papers' eight data sets, and when a run may stand beside them.
+"""Published numbers of the papers' eight data sets, and when a run may stand beside them.
 
 Sources: OrthoReg, arXiv:2604.17078; TAK, arXiv:2602.17385. Accuracies of addition are tables of
 those papers for CLIP's image encoders fine-tuned as by Ortiz-Jimenez et al. (arXiv:2305.12827) and
@@ -74,9 +74,9 @@ def model(results: Results) -> str | None:
     and the tasks are the papers' eight."""
     if results.model.library != "open_clip":
         return None
-    found = MODELS.get(_bare(results.model.name).removesuffix("quickgelu"))
+    known = MODELS.get(_bare(results.model.name).removesuffix("quickgelu"))
     names = [_bare(task.name) for task in results.tasks]
     complete = len(names) == len(TASKS) and all(
         any(alias in names for alias in aliases) for aliases in TASKS.values()
     )
-    return found if complete else None
+    return known if complete else None

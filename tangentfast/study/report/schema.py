@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["Map", "Regime", "Results", "ResultsError", "Run", "load"]
+__all__ = ["Map", "Regime", "Results", "ResultsError", "Trial", "load"]
 
-SHOWN = 5  # errors of one file that are told at once
+SHOWN = 5  # errors of one file that are shown at once
 
 
 class ResultsError(ValueError):
@@ -108,7 +108,7 @@ class Subset(_Part):
     normalized: Number
 
 
-class Run(_Part):
+class Trial(_Part):
     """One regime with one seed."""
 
     seed: int
@@ -121,7 +121,7 @@ class Run(_Part):
 
 
 class Regime(_Part):
-    """One regime: what was trained at which cost, and a run for every seed."""
+    """One regime: what was trained at which cost, and a trial for every seed."""
 
     label: str
     lr: float | None = None
@@ -129,7 +129,7 @@ class Regime(_Part):
     trained_parameters: int | None = None
     seconds_per_step: Number = math.nan
     peak_bytes: int | None = None
-    runs: list[Run]
+    trials: list[Trial] = Field(alias="runs")
 
 
 class Task(_Part):
@@ -181,16 +181,16 @@ class Results(_Part):
             raise ValueError(f"schema is {self.version}, this version of tangentfast reads 1")
         known = {task.name for task in self.all_tasks}
         for name, regime in self.regimes.items():
-            for i, run in enumerate(regime.runs):
+            for i, trial in enumerate(regime.trials):
                 where = f"regimes.{name}.runs[{i}]"
-                if run.seed not in self.seeds:
-                    raise ValueError(f"{where}.seed is {run.seed}, seeds are {self.seeds}")
-                added = run.addition
-                for part in (run.single, *((added.val, added.test) if added else ())):
+                if trial.seed not in self.seeds:
+                    raise ValueError(f"{where}.seed is {trial.seed}, seeds are {self.seeds}")
+                added = trial.addition
+                for part in (trial.single, *((added.val, added.test) if added else ())):
                     if unknown := set(part) - known:
                         raise ValueError(f"{where} has the unknown tasks {sorted(unknown)}")
                 size = len(self.tasks)
-                if run.cosine is not None and [len(r) for r in run.cosine] != [size] * size:
+                if trial.cosine is not None and [len(r) for r in trial.cosine] != [size] * size:
                     raise ValueError(f"{where}.cosine is not {size} × {size}, one row a task")
         return self
 
@@ -231,15 +231,15 @@ def load(source: Path | Mapping[str, Any]) -> Results:
         return Results.model_validate(source)
     except ValidationError as error:
         lines = []
-        for found in error.errors()[:SHOWN]:
-            place = _place(found["loc"])
-            if found["type"] == "missing":
+        for problem in error.errors()[:SHOWN]:
+            place = _place(problem["loc"])
+            if problem["type"] == "missing":
                 lines.append(f"{place} is missing")
-            elif found["type"] == "value_error":
-                lines.append(f"{place}: {found['ctx']['error']}".lstrip(": "))
+            elif problem["type"] == "value_error":
+                lines.append(f"{place}: {problem['ctx']['error']}".lstrip(": "))
             else:
-                value = repr(found["input"])
-                lines.append(f"{place}: {found['msg']}, got {value[:60]}".lstrip(": "))
+                value = repr(problem["input"])
+                lines.append(f"{place}: {problem['msg']}, got {value[:60]}".lstrip(": "))
         more = error.error_count() - len(lines)
         tail = [f"and {more} more"] if more else []
         raise ResultsError(

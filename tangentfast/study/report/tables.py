@@ -9,7 +9,7 @@ from dataclasses import replace
 from .measures import MEASURE, MEASURES, Spread, mean, merged, percent, rate, significant
 from .published import PUBLISHED, RELATIVE, SOURCES
 from .published import model as published_model
-from .schema import Results, Run
+from .schema import Results, Trial
 from .table import Table
 
 __all__ = ["headline", "side_by_side", "tables"]
@@ -51,7 +51,7 @@ def _by_task(
     results: Results,
     name: str,
     caption: str,
-    value: Callable[[Run, str], float],
+    value: Callable[[Trial, str], float],
     base: Mapping[str, float] | None,
     better: Callable[[Sequence[float]], float] | None = max,
 ) -> Table | None:
@@ -59,7 +59,7 @@ def _by_task(
     tasks = [task.name for task in results.tasks]
     columns: list[list[Spread]] = []
     for regime in results.regimes.values():
-        each = [[value(run, task) for task in tasks] for run in regime.runs]
+        each = [[value(trial, task) for task in tasks] for trial in regime.trials]
         columns.append([Spread.over(column) for column in zip(*each, strict=True)])
         columns[-1].append(Spread.over([mean(row) for row in each]))
         if not each:
@@ -87,10 +87,10 @@ def _by_task(
     return Table(name, caption, tuple(headings), tuple(rows), best=frozenset(best), note=note)
 
 
-def _negated(key: str) -> Callable[[Run, str], float]:
-    def value(run: Run, task: str) -> float:
-        found = run.negation.tasks.get(task) if run.negation else None
-        return getattr(found, key) if found else math.nan
+def _negated(key: str) -> Callable[[Trial, str], float]:
+    def value(trial: Trial, task: str) -> float:
+        negated = trial.negation.tasks.get(task) if trial.negation else None
+        return getattr(negated, key) if negated else math.nan
 
     return value
 
@@ -105,18 +105,17 @@ def _negation(results: Results) -> list[Table | None]:
         results, "negation-control", "Negation: accuracy on the control task, %",
         _negated("control"), None, None,
     )  # fmt: skip
-    found = [
+    cases = [
         negated
         for regime in results.regimes.values()
-        for run in regime.runs
-        if run.negation
-        for negated in run.negation.tasks.values()
+        for trial in regime.trials
+        if trial.negation
+        for negated in trial.negation.tasks.values()
     ]
-    kept = sum(not negated.reached for negated in found)
-    if target and kept:
-        note = (
-            f" In {kept} of {len(found)} cases no α > 0 keeps the control, and nothing is negated."
-        )
+    unreached = sum(not negated.reached for negated in cases)
+    if target and unreached:
+        share = f"{unreached} of {len(cases)}"
+        note = f" In {share} cases no α > 0 keeps the control, and nothing is negated."
         target = replace(target, note=target.note + note)
     return [target, control]
 
@@ -125,10 +124,10 @@ def pairs(results: Results) -> Table | None:
     """ξ over the search box, for every pair of tasks."""
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for name, regime in results.regimes.items():
-        for run in regime.runs:
-            for found in run.disentanglement:
-                row = (" + ".join(found.tasks), found.kind, found.head)
-                cells.setdefault(row, {}).setdefault(name, []).append(found.box)
+        for trial in regime.trials:
+            for pair_map in trial.disentanglement:
+                row = (" + ".join(pair_map.tasks), pair_map.kind, pair_map.head)
+                cells.setdefault(row, {}).setdefault(name, []).append(pair_map.box)
     caption = "ξ over the search box, by pair of tasks"
     return _xi(results, "disentanglement", caption, ("tasks", "kind", "head"), cells)
 
@@ -136,9 +135,9 @@ def pairs(results: Results) -> Table | None:
 def head_study(results: Results) -> Table | None:
     """ξ of the representation, and under every head."""
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for found in results.head_study:
-        row = (" + ".join(found.tasks), found.head)
-        cells.setdefault(row, {}).setdefault(found.regime, []).append(found.box)
+    for head_map in results.head_study:
+        row = (" + ".join(head_map.tasks), head_map.head)
+        cells.setdefault(row, {}).setdefault(head_map.regime, []).append(head_map.box)
     return _xi(results, "heads", "ξ over the search box, by head", ("tasks", "head"), cells)
 
 
@@ -163,7 +162,12 @@ def _xi(
 def subsets(results: Results) -> Table | None:
     """Normalised accuracy over the number of merged tasks."""
     sizes = sorted(
-        {len(s.tasks) for r in results.regimes.values() for run in r.runs for s in run.subsets}
+        {
+            len(s.tasks)
+            for r in results.regimes.values()
+            for trial in r.trials
+            for s in trial.subsets
+        }
     )
     rows = [
         (
@@ -171,8 +175,8 @@ def subsets(results: Results) -> Table | None:
             *(
                 Spread.over(
                     [
-                        mean(s.normalized for s in run.subsets if len(s.tasks) == size)
-                        for run in regime.runs
+                        mean(s.normalized for s in trial.subsets if len(s.tasks) == size)
+                        for trial in regime.trials
                     ]
                 ).text(percent)
                 for regime in results.regimes.values()
@@ -223,7 +227,7 @@ def data(results: Results) -> Table:
 
 
 def side_by_side(runs: Mapping[str, Results]) -> Table:
-    """(measure, regime) × runs, and the published figures of the models among them.
+    """(measure, regime) × runs, and the published numbers of the models among them.
 
     Args:
         runs: Results by the name that heads their column.
@@ -244,8 +248,8 @@ def side_by_side(runs: Mapping[str, Results]) -> Table:
             ]
             published = [PUBLISHED.get((source, m, name, measure.key)) for source, m in sources]
             if any(c not in ("–", "not run") for c in cells) or any(published):
-                told = ["–" if v is None else measure.write(v) for v in published]
-                rows.append((measure.heading, label, *cells, *told))
+                reported = ["–" if v is None else measure.write(v) for v in published]
+                rows.append((measure.heading, label, *cells, *reported))
     if sources:
         rows += _relative(runs, labels, sources)
     headings = [f"{source.split(',')[0]}, {model}" for source, model in sources]
@@ -262,26 +266,26 @@ def _relative(
     for heading, key in (("time, × non-linear", "seconds"), ("memory, × non-linear", "memory")):
         measure = MEASURE[key]
         for name, label in labels.items():
-            told = [RELATIVE.get((source, m, name, key)) for source, m in sources]
-            if not any(told):
+            reported = [RELATIVE.get((source, m, name, key)) for source, m in sources]
+            if not any(reported):
                 continue
             cells = []
             for results in runs.values():
-                found = [
+                means = [
                     measure.spread(results.regimes[regime]).mean
                     for regime in (name, "nonlinear")
                     if regime in results.regimes
                 ]
-                ratio = found[0] / found[1] if len(found) == 2 and found[1] else math.nan
-                told_here = Spread.over([ratio]).text(significant)
-                cells.append(told_here if name in results.regimes else "not run")
-            yield heading, label, *cells, *("–" if v is None else significant(v) for v in told)
+                ratio = means[0] / means[1] if len(means) == 2 and means[1] else math.nan
+                measured = Spread.over([ratio]).text(significant)
+                cells.append(measured if name in results.regimes else "not run")
+            yield heading, label, *cells, *("–" if v is None else significant(v) for v in reported)
 
 
 def tables(results: Results) -> list[Table]:
     """Every table that `results` has the numbers for."""
     published = side_by_side({results.name: results}) if published_model(results) else None
-    found = (
+    made = (
         headline(results),
         published,
         _by_task(
@@ -289,7 +293,7 @@ def tables(results: Results) -> list[Table]:
         ),
         _by_task(
             results, "single", "Single-task accuracy, %",
-            lambda run, task: run.single.get(task, math.nan), results.base,
+            lambda trial, task: trial.single.get(task, math.nan), results.base,
         ),
         *_negation(results),
         pairs(results),
@@ -298,4 +302,4 @@ def tables(results: Results) -> list[Table]:
         learning_rates(results),
         data(results),
     )  # fmt: skip
-    return [table for table in found if table is not None]
+    return [table for table in made if table is not None]

@@ -151,7 +151,7 @@ def test_kept_features_stay_within_the_budget(tangents: list[int]) -> None:
         del tangents[:]
         got = mixed.sweep(split, rows, features)
         assert tangents == new
-        assert sum(kept.bytes for kept in mixed._kept.values()) <= mixed.keep_bytes
+        assert sum(saved.bytes for saved in mixed._saved.values()) <= mixed.keep_bytes
         fresh = Mixtures(encoder, vectors, True).sweep(split, rows, features)
         torch.testing.assert_close(got, fresh, rtol=1e-12, atol=1e-12)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from synthetic_results import TASKS, results
 
 from tangentfast.study.report.figures import draw, files
-from tangentfast.study.report.figures.bars import cost
+from tangentfast.study.report.figures.bar_charts import cost
 from tangentfast.study.report.figures.runs import by_run
 from tangentfast.study.report.figures.style import look
 from tangentfast.study.report.schema import load
@@ -151,7 +151,7 @@ def test_bars_have_the_height_of_the_table(figures: dict[str, Figure]) -> None:
     assert len(bars) == len(TASKS) * 5
     for bar, task in zip(bars, TASKS, strict=False):  # the first regime's
         values = [
-            run.addition.test[task] for run in found.regimes["nonlinear"].runs if run.addition
+            run.addition.test[task] for run in found.regimes["nonlinear"].trials if run.addition
         ]
         assert bar.get_height() == pytest.approx(sum(values) / 3)
 

@@ -102,7 +102,7 @@ def test_null_and_nan_are_nan(tmp_path: Path) -> None:
     found["regimes"]["ntk"]["seconds_per_step"] = None
     (tmp_path / "results.json").write_text(json.dumps(found))
     read = load(tmp_path)
-    assert all(math.isnan(value) for value in read.regimes["ntk"].runs[0].single.values())
+    assert all(math.isnan(value) for value in read.regimes["ntk"].trials[0].single.values())
     assert math.isnan(read.regimes["ntk"].seconds_per_step)
 
 

@@ -185,7 +185,7 @@ def papers(name: str = "ViT-B-32", library: str = "open_clip") -> Results:
     return load(found)
 
 
-def test_published_figures_stand_beside_the_papers_own_only() -> None:
+def test_published_numbers_stand_beside_the_papers_own_only() -> None:
     assert model(papers()) == "ViT-B/32"
     assert model(papers("ViT-L-14-quickgelu")) == "ViT-L/14"
     assert model(papers("ViT-B-32-256")) is None
@@ -198,7 +198,7 @@ def test_published_figures_stand_beside_the_papers_own_only() -> None:
     assert "compare" in {table.name for table in tables(papers())}
 
 
-def test_published_figures() -> None:
+def test_published_numbers() -> None:
     assert len(PUBLISHED) == 18 * 3 - 1  # B/16's normalised accuracy is not given once
     orthoreg, tak = SOURCES
     assert PUBLISHED[orthoreg, "ViT-B/32", "ntk", "normalized"] == pytest.approx(0.853)

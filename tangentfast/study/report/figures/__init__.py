@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import matplotlib as mpl
 
 from ..schema import Results
-from .bars import by_task, cost, heads, negation, radar
+from .bar_charts import by_task, cost, heads, negation, radar
 from .curves import over_alpha, over_tasks
 from .maps import cosines, disentanglement
 from .style import INK, STYLE, Drawing, files

@@ -38,13 +38,13 @@ def _band(axes: Axes, x: list[float], curves: np.ndarray, k: Look, marked: bool 
         axes.fill_between(x, centre - std, centre + std, color=k.colour, alpha=0.18, linewidth=0)
 
 
-def _alpha_curves(found: Addition) -> tuple[list[float], list[float]]:
+def _alpha_curves(added: Addition) -> tuple[list[float], list[float]]:
     """Mean accuracy over tasks at every α: absolute, and divided by the single-task accuracy."""
-    absolute = [mean(values) for values in zip(*found.val.values(), strict=True)]
+    absolute = [mean(values) for values in zip(*added.val.values(), strict=True)]
     ratios = [
-        [value / single for value in found.val[task]]
-        for task, single in found.val_single.items()
-        if task in found.val and single > 0
+        [value / single for value in added.val[task]]
+        for task, single in added.val_single.items()
+        if task in added.val and single > 0
     ]
     return absolute, [mean(values) for values in zip(*ratios, strict=True)]
 
@@ -54,22 +54,22 @@ def over_alpha(results: Results) -> Iterator[Drawing]:
     figure, panels = _axes("α", "validation")
     looks = []
     for name, regime in results.regimes.items():
-        seeds = [run.addition for run in regime.runs if run.addition and run.addition.val]
+        seeds = [trial.addition for trial in regime.trials if trial.addition and trial.addition.val]
         if not seeds:
             continue
         k = look(results, name)
         looks.append(k)
         # Seeds of one regime share the grid; one with another grid cannot be averaged with them.
         alphas = seeds[0].alphas
-        seeds = [found for found in seeds if found.alphas == alphas]
-        both = [_alpha_curves(found) for found in seeds]
-        tested = [[found.absolute for found in seeds], [found.normalized for found in seeds]]
+        seeds = [added for added in seeds if added.alphas == alphas]
+        both = [_alpha_curves(added) for added in seeds]
+        tested = [[added.absolute for added in seeds], [added.normalized for added in seeds]]
         for which, axes in enumerate(panels):
             curves = [curve[which] for curve in both]
             if all(len(curve) == len(alphas) for curve in curves):
                 _band(axes, alphas, np.array(curves, dtype=float), k)
             axes.plot(
-                [found.alpha for found in seeds], tested[which], k.marker, color=k.colour,
+                [added.alpha for added in seeds], tested[which], k.marker, color=k.colour,
                 markeredgecolor="white", markersize=7,
             )  # fmt: skip
     if not looks:
@@ -96,15 +96,15 @@ def over_tasks(results: Results) -> Iterator[Drawing]:
     sizes: set[int] = set()
     count = len(results.regimes)
     for n, (name, regime) in enumerate(results.regimes.items()):
-        runs = [run for run in regime.runs if run.subsets]
-        if not runs:
+        trials = [trial for trial in regime.trials if trial.subsets]
+        if not trials:
             continue
         k = look(results, name)
         looks.append(k)
-        found = sorted({len(s.tasks) for run in runs for s in run.subsets})
-        sizes |= set(found)
+        present = sorted({len(s.tasks) for trial in trials for s in trial.subsets})
+        sizes |= set(present)
         for which, axes in zip(("absolute", "normalized"), panels, strict=True):
-            points = [(len(s.tasks), getattr(s, which)) for run in runs for s in run.subsets]
+            points = [(len(s.tasks), getattr(s, which)) for trial in trials for s in trial.subsets]
             shift = 0.5 * ((n + 0.5) / count - 0.5)  # regimes side by side, not on one another
             x, y = np.array(points, dtype=float).T
             axes.plot(
@@ -112,12 +112,12 @@ def over_tasks(results: Results) -> Iterator[Drawing]:
             )
             means = [
                 [
-                    mean(getattr(s, which) for s in run.subsets if len(s.tasks) == size)
-                    for size in found
+                    mean(getattr(s, which) for s in trial.subsets if len(s.tasks) == size)
+                    for size in present
                 ]
-                for run in runs
+                for trial in trials
             ]
-            _band(axes, [size + shift for size in found], np.array(means, dtype=float), k, True)
+            _band(axes, [size + shift for size in present], np.array(means, dtype=float), k, True)
     if not looks:
         return
     for axes in panels:

@@ -32,10 +32,10 @@ def disentanglement(results: Results) -> Iterator[Drawing]:
     """A row of maps, one a regime and averaged over the seeds, for each pair of tasks."""
     groups: dict[tuple[str, str, tuple[str, ...]], dict[str, list[Map]]] = {}
     for name, regime in results.regimes.items():
-        for run in regime.runs:
-            for found in run.disentanglement:
-                group = (found.kind, found.head, tuple(found.tasks))
-                groups.setdefault(group, {}).setdefault(name, []).append(found)
+        for trial in regime.trials:
+            for pair_map in trial.disentanglement:
+                group = (pair_map.kind, pair_map.head, tuple(pair_map.tasks))
+                groups.setdefault(group, {}).setdefault(name, []).append(pair_map)
     for i, ((kind, head, tasks), maps) in enumerate(groups.items(), 1):
         under = f" (predictions, {head} head)" if kind == "prediction" else " (representation)"
         yield Drawing(
@@ -53,22 +53,23 @@ def _row(results: Results, tasks: Sequence[str], maps: Mapping[str, Sequence[Map
         figure.subplots(1, len(maps), squeeze=False, sharex=True, sharey=True)[0]
     )
     grids = {
-        name: _mean([np.array(m.xi, dtype=float) for m in found]) for name, found in maps.items()
+        name: _mean([np.array(m.xi, dtype=float) for m in of_seeds])
+        for name, of_seeds in maps.items()
     }
     values = np.concatenate([grid.ravel() for grid in grids.values()])
     values = values[np.isfinite(values)]
     # A few points far out, as a divergence has them, would leave the rest of the maps blank.
     top = float(np.percentile(values, 98)) if values.size else 1.0
     mesh = None
-    for axes, (name, found) in zip(panels, maps.items(), strict=True):
-        alphas = found[0].alphas
+    for axes, (name, of_seeds) in zip(panels, maps.items(), strict=True):
+        alphas = of_seeds[0].alphas
         # xi[i][j] is at α1 = alphas[i], which goes to the right here.
         mesh = axes.pcolormesh(
             alphas, alphas, np.ma.masked_invalid(grids[name].T), shading="nearest", cmap="Blues",
             vmin=0.0, vmax=top or 1.0, rasterized=True,
         )  # fmt: skip
         axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="#d55e00", linewidth=1.4))
-        box = Spread.over([m.box for m in found]).text(lambda v: f"{v:.3f}")
+        box = Spread.over([m.box for m in of_seeds]).text(lambda v: f"{v:.3f}")
         axes.set_title(f"{look(results, name).label}\n{box}")
         axes.set_box_aspect(1)
         axes.set_facecolor("#bbbbbb")  # where there is no value
@@ -87,9 +88,11 @@ def _row(results: Results, tasks: Sequence[str], maps: Mapping[str, Sequence[Map
 def cosines(results: Results) -> Iterator[Drawing]:
     """Cosine similarity of the task vectors, a matrix for each regime."""
     matrices = {
-        name: _mean([np.array(run.cosine, dtype=float) for run in regime.runs if run.cosine])
+        name: _mean(
+            [np.array(trial.cosine, dtype=float) for trial in regime.trials if trial.cosine]
+        )
         for name, regime in results.regimes.items()
-        if any(run.cosine for run in regime.runs)
+        if any(trial.cosine for trial in regime.trials)
     }
     tasks = [short(task.name, 14) for task in results.tasks]
     if not matrices or len(tasks) < 2:
@@ -110,8 +113,8 @@ def cosines(results: Results) -> Iterator[Drawing]:
         for (i, j), value in np.ndenumerate(matrix):
             if apart[i, j] and math.isfinite(value) and len(tasks) <= 12:
                 colour = "white" if abs(value) > 0.6 * top else "black"
-                told = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".").replace("-", "−")
-                axes.text(j, i, told, ha="center", va="center", color=colour, fontsize=6.5)
+                text = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".").replace("-", "−")
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=6.5)
         axes.set_title(look(results, name).label)
         axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(tasks)), tasks)

@@ -70,9 +70,9 @@ class Drawing:
 def look(results: Results, regime: str) -> Look:
     """The look of `regime`; one that the papers do not have takes a colour that is left."""
     new = [name for name in results.regimes if name not in _LOOKS]
-    found = _LOOKS.get(regime) or _OTHERS[new.index(regime) % len(_OTHERS)]
+    appearance = _LOOKS.get(regime) or _OTHERS[new.index(regime) % len(_OTHERS)]
     label = results.regimes[regime].label
-    return Look(label, *found)
+    return Look(label, *appearance)
 
 
 def key(figure: Figure, looks: Iterable[Look], *more: Line2D) -> None:
@@ -88,10 +88,10 @@ def key(figure: Figure, looks: Iterable[Look], *more: Line2D) -> None:
 
 
 def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Under all axes, in as few rows as the width of the figure has room for."""
+    """Under all axes, in as few rows as the width of the figure holds."""
     letters = max(len(str(handle.get_label())) for handle in handles)
-    room = figure.get_size_inches()[0] / (0.55 + 0.075 * letters)
-    rows = math.ceil(len(handles) / max(1, int(room)))
+    across = figure.get_size_inches()[0] / (0.55 + 0.075 * letters)
+    rows = math.ceil(len(handles) / max(1, int(across)))
     columns = math.ceil(len(handles) / rows)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 

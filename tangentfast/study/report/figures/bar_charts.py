@@ -1,4 +1,4 @@
-"""Bars and radars: accuracy by task, negation, cost, and the head study."""
+"""Bar charts and radars: accuracy by task, negation, cost, and the head study."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ def _task_spreads(results: Results) -> dict[str, tuple[list[Spread], list[Spread
     """Merged and single-task accuracy of every task, of the regimes that have a merge."""
     return {
         name: (
-            [Spread.over([merged(run, t.name) for run in regime.runs]) for t in results.tasks],
             [
-                Spread.over([run.single.get(t.name, math.nan) for run in regime.runs])
+                Spread.over([merged(trial, t.name) for trial in regime.trials])
+                for t in results.tasks
+            ],
+            [
+                Spread.over([trial.single.get(t.name, math.nan) for trial in regime.trials])
                 for t in results.tasks
             ],
         )
         for name, regime in results.regimes.items()
-        if any(run.addition for run in regime.runs)
+        if any(trial.addition for trial in regime.trials)
     }
 
 
@@ -42,16 +45,16 @@ def _errors(spreads: Sequence[Spread]) -> np.ndarray:
 
 def by_task(results: Results) -> Iterator[Drawing]:
     """Merged accuracy by task, with single-task accuracy and the base over the bars."""
-    found = _task_spreads(results)
-    if not found:
+    by_regime = _task_spreads(results)
+    if not by_regime:
         return
     tasks = [task.name for task in results.tasks]
-    width = 0.84 / len(found)
+    width = 0.84 / len(by_regime)
     figure = Figure(figsize=(min(16.0, max(6.5, 1.3 * len(tasks))), 3.9), layout="constrained")
     axes = figure.subplots()
-    for n, (name, (together, alone)) in enumerate(found.items()):
+    for n, (name, (together, alone)) in enumerate(by_regime.items()):
         k = look(results, name)
-        x = np.arange(len(tasks)) + (n - (len(found) - 1) / 2) * width
+        x = np.arange(len(tasks)) + (n - (len(by_regime) - 1) / 2) * width
         heights = [s.mean for s in together]
         axes.bar(x, heights, width * 0.92, color=k.colour)
         axes.errorbar(x, heights, _errors(together), fmt="none", ecolor=INK, elinewidth=0.8)
@@ -67,7 +70,7 @@ def by_task(results: Results) -> Iterator[Drawing]:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(ylabel="test accuracy", ylim=(0, 1.04), xlim=(-0.6, len(tasks) - 0.4))
     axes.grid(axis="y")
-    _bar_key(figure, results, list(found), alone=True)
+    _colour_key(figure, results, list(by_regime), alone=True)
     yield Drawing(
         "by-task",
         "Accuracy of the merged model by task",
@@ -77,7 +80,7 @@ def by_task(results: Results) -> Iterator[Drawing]:
     )
 
 
-def _bar_key(figure: Figure, results: Results, regimes: Sequence[str], alone: bool) -> None:
+def _colour_key(figure: Figure, results: Results, regimes: Sequence[str], alone: bool) -> None:
     handles = [
         Line2D([], [], marker="s", linestyle="", color=k.colour, markersize=8, label=k.label)
         for k in (look(results, name) for name in regimes)
@@ -92,9 +95,9 @@ def _bar_key(figure: Figure, results: Results, regimes: Sequence[str], alone: bo
 
 def radar(results: Results) -> Iterator[Drawing]:
     """Merged and single-task accuracy with a spoke for every task."""
-    found = _task_spreads(results)
+    by_regime = _task_spreads(results)
     tasks = [task.name for task in results.tasks]
-    if not found or len(tasks) < 3:  # two spokes span no area
+    if not by_regime or len(tasks) < 3:  # two spokes span no area
         return
     figure = Figure(figsize=(10.0, 4.9), layout=ConstrainedLayoutEngine(w_pad=0.25))
     panels = figure.subplots(1, 2, subplot_kw={"projection": "polar"})
@@ -103,7 +106,7 @@ def radar(results: Results) -> Iterator[Drawing]:
     base = [results.base.get(task, math.nan) for task in tasks]
     for which, (axes, title) in enumerate(zip(panels, ("merged", "single task"), strict=True)):
         assert isinstance(axes, PolarAxes)
-        for name, spreads in found.items():
+        for name, spreads in by_regime.items():
             k = look(results, name)
             means = [s.mean for s in spreads[which]]
             axes.plot(
@@ -128,7 +131,7 @@ def radar(results: Results) -> Iterator[Drawing]:
         axes.spines["polar"].set_alpha(0.3)
         axes.set_title(title, pad=14)
     baseline = Line2D([], [], linestyle=":", color=INK, linewidth=1.1, label="no fine-tuning")
-    key(figure, [look(results, name) for name in found], baseline)
+    key(figure, [look(results, name) for name in by_regime], baseline)
     yield Drawing(
         "radar",
         "Accuracy by task, all regimes on one another",
@@ -137,15 +140,15 @@ def radar(results: Results) -> Iterator[Drawing]:
     )
 
 
-def _bars(
+def _bar_chart(
     axes: Axes, results: Results, spreads: Mapping[str, Spread], write: str, scale: float = 1.0
 ) -> None:
     """A horizontal bar for each regime, its value to the right of the axes."""
     known = {name: s for name, s in spreads.items() if s.n}
     ends = [scale * (s.mean + (s.std if math.isfinite(s.std) else 0.0)) for s in known.values()]
     for row, (name, s) in enumerate(spreads.items()):
-        told = s.text(lambda v: format(scale * v, write))
-        axes.text(1.02, row, told, va="center", fontsize=8, transform=axes.get_yaxis_transform())
+        text = s.text(lambda v: format(scale * v, write))
+        axes.text(1.02, row, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())
         if s.n:
             value, std = scale * s.mean, scale * s.std
             axes.barh(row, value, 0.72, color=look(results, name).colour)
@@ -169,22 +172,24 @@ def _row(count: int, rows: int) -> tuple[Figure, list[Axes]]:
 
 def negation(results: Results) -> Iterator[Drawing]:
     """Accuracy on the negated task and on the control."""
-    runs = [run.negation for r in results.regimes.values() for run in r.runs if run.negation]
-    if not runs:
+    negations = [
+        trial.negation for r in results.regimes.values() for trial in r.trials if trial.negation
+    ]
+    if not negations:
         return
     figure, panels = _row(2, len(results.regimes))
     base = [results.base[t.name] for t in results.tasks if t.name in results.base]
-    bases = (sum(base) / len(base) if base else math.nan, runs[0].control_base)
+    bases = (sum(base) / len(base) if base else math.nan, negations[0].control_base)
     titles = ("target: lower is better", f"control, {results.control or 'no name'}")
     for axes, measure, value, title in zip(
         panels, ("target", "control"), bases, titles, strict=True
     ):
         spreads = {name: MEASURE[measure].spread(r) for name, r in results.regimes.items()}
-        _bars(axes, results, spreads, ".1f", 100.0)
+        _bar_chart(axes, results, spreads, ".1f", 100.0)
         axes.set(title=title, xlabel="test accuracy, %")
         axes.set_xlim(0, max(axes.get_xlim()[1], 108 * value if math.isfinite(value) else 0.0))
         axes.axvline(100 * value, color=INK, linestyle=":", linewidth=1.1)
-    threshold = runs[0].threshold
+    threshold = negations[0].threshold
     panels[1].axvline(100 * threshold * bases[1], color=INK, linestyle="--", linewidth=1.1)
     yield Drawing(
         "negation",
@@ -207,7 +212,7 @@ def cost(results: Results) -> Iterator[Drawing]:
     figure, panels = _row(3, len(trained))
     for axes, measure in zip(panels, ("seconds", "memory", "parameters"), strict=True):
         spreads = {name: MEASURE[measure].spread(r) for name, r in trained.items()}
-        _bars(axes, results, spreads, ".3g")
+        _bar_chart(axes, results, spreads, ".3g")
         axes.set_xlabel(MEASURE[measure].heading)
     device = results.machine.get("device", "")
     yield Drawing(
@@ -223,8 +228,8 @@ def heads(results: Results) -> Iterator[Drawing]:
     if not results.head_study:
         return
     values: dict[str, dict[str, list[float]]] = {}
-    for found in results.head_study:
-        values.setdefault(found.head, {}).setdefault(found.regime, []).append(found.box)
+    for head_map in results.head_study:
+        values.setdefault(head_map.head, {}).setdefault(head_map.regime, []).append(head_map.box)
     without = [head for head in values if head.startswith("none")]
     groups = [group for group in ([h for h in values if h not in without], without) if group]
     regimes = [name for name in results.regimes if any(name in of for of in values.values())]
@@ -243,7 +248,7 @@ def heads(results: Results) -> Iterator[Drawing]:
         axes.set_ylabel("divergence over the box" if without_head else "ξ over the box")
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="y")
-    _bar_key(figure, results, regimes, alone=False)
+    _colour_key(figure, results, regimes, alone=False)
     yield Drawing(
         "heads",
         "The encoder's share of the interference, and the head's",

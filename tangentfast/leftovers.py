@@ -20,7 +20,7 @@ from tangentfast.trees import tensors
 INTERNAL = set(nn.Module().__dict__)  # what every module has
 
 
-class Kept:
+class Leftovers:
     """The attributes of all modules of `root` as they are now."""
 
     def __init__(self, root: nn.Module):

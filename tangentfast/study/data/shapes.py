@@ -1,4 +1,4 @@
-"""Generated tasks of figures: shapes, how many, which way, signs and colours."""
+"""Generated tasks of drawn shapes: which, how many, which way, signs and colours."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _place(
 
 
 def draw_shape(random: Random, label: int, size: int) -> Image.Image:
-    """One figure, filled or in outline, of any size and turn, among smaller clutter."""
+    """One shape, filled or in outline, of any size and turn, among smaller clutter."""
     ink, ground = colours(random)
     picture = paper(random, size, ground)
     draw = ImageDraw.Draw(picture)
@@ -148,14 +148,14 @@ def draw_sign(random: Random, label: int, size: int) -> Image.Image:
     tilt = random.uniform(-0.04, 0.04)
     draw.polygon(_place(corners, centre, radius, _PLATES[plate] + tilt), ink)
     draw.polygon(_place(corners, centre, 0.75 * radius, _PLATES[plate] + tilt), face)
-    bar = np.array([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)])
+    stroke = np.array([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)])
     for turns in (0.0, 0.25)[: mark + 1]:
-        draw.polygon(_place(bar, centre, 0.38 * radius, turns + tilt), ink)
+        draw.polygon(_place(stroke, centre, 0.38 * radius, turns + tilt), ink)
     return picture
 
 
 def draw_colour(random: Random, label: int, size: int) -> Image.Image:
-    """The colour of the largest of several figures, under a light that changes."""
+    """The colour of the largest of several shapes, under a light that changes."""
     values = np.array(list(COLOURS.values()))
     light = random.uniform(0.85, 1.1)
 
