@@ -122,8 +122,8 @@ def _run(
     key = (x.dtype, len(rows).bit_length(), *weight.shape, bias is None, pattern, narrow, allow)
     chosen = LINEAR.choice(key, x.device, candidates, some)
     y, dys = chosen.run(rows, weight, bias, dx, dweight, dbias, narrow)
-    kept = (x if needs[1] else None, weight if needs[0] else None)
-    return y.view(*x.shape[:-1], weight.shape[0]), dys, kept
+    saved = (x if needs[1] else None, weight if needs[0] else None)
+    return y.view(*x.shape[:-1], weight.shape[0]), dys, saved
 
 
 def _vjp(
