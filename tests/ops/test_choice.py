@@ -124,8 +124,9 @@ class Way:
 ways = [Way("a", 0.02 - 0.019 * rank), Way("b", 0.001 + 0.019 * rank)]
 choose = Choice("op")
 cpu, run = torch.device("cpu"), lambda way: time.sleep(way.took)
-print([choose(f"key {i}", cpu, ways, run).name for i in (1, 2)])
+chosen = [choose(f"key {i}", cpu, ways, run).name for i in (1, 2)]
 dist.barrier()
+print(chosen)
 """
 
 
@@ -144,4 +145,6 @@ def test_ranks_choose_alike(tmp_path: object) -> None:
     ]
     said = [run.communicate(timeout=120) for run in runs]
     assert all(run.returncode == 0 for run in runs), said
-    assert said[0][0] == said[1][0] != ""
+    chosen = [out.splitlines()[-1] for out, _ in said]  # older torch says before how it connected
+    assert chosen[0] == chosen[1]
+    assert chosen[0] in ("['a', 'a']", "['b', 'b']", "['a', 'b']", "['b', 'a']")
