@@ -28,5 +28,6 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda") = false;
 #endif
-  m.def("isa", &tangentfast::isa_name, "The instruction set in use: avx512, avx2 or baseline.");
+  m.def("isa", &tangentfast::isa_name,
+        "The instruction set in use: avx512_bf16, avx512, avx2 or baseline.");
 }

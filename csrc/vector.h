@@ -1,5 +1,5 @@
-// Vectors of one instruction set, their exponential, and a small matrix product. Included by the
-// bodies that each_isa.h compiles, in a namespace of their own; no include guard on purpose.
+// Vectors of one instruction set, and their exponential. Included by the bodies that each_isa.h
+// compiles, in a namespace of their own; no include guard on purpose.
 
 template <class A>
 struct Lanes {
@@ -116,59 +116,6 @@ constexpr int kPanel = 2 * Lanes<A>::count;
 template <class A>
 static inline int64_t padded(int64_t columns) {
   return (columns + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
-}
-
-// c[rows][2 vectors] = a panel, added to what is there if `add`; a is [rows][depth], or its transpose
-// if `turned`.
-template <class A, int rows, bool turned>
-static inline void tile(int64_t depth, const A* a, int64_t lda, const A* panel, A* c, int64_t ldc,
-                        bool add) {
-  constexpr int n = Lanes<A>::count;
-  Vec<A> sums[rows][2];
-  for (int i = 0; i < rows; ++i) {
-    sums[i][0] = add ? load_vector(c + i * ldc) : Vec<A>{};
-    sums[i][1] = add ? load_vector(c + i * ldc + n) : Vec<A>{};
-  }
-#pragma GCC unroll 4
-  for (int64_t p = 0; p < depth; ++p) {
-    const Vec<A> left = load_vector(panel + p * 2 * n);
-    const Vec<A> right = load_vector(panel + p * 2 * n + n);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const Vec<A> x = splat(turned ? a[p * lda + i] : a[i * lda + p]);
-      sums[i][0] = madd(x, left, sums[i][0]);
-      sums[i][1] = madd(x, right, sums[i][1]);
-    }
-  }
-  for (int i = 0; i < rows; ++i) {
-    store_vector(c + i * ldc, sums[i][0]);
-    store_vector(c + i * ldc + n, sums[i][1]);
-  }
-}
-
-template <class A, int rows, bool turned>
-static inline void last_tile(int64_t left, int64_t depth, const A* a, int64_t lda, const A* panel,
-                             A* c, int64_t ldc, bool add) {
-  if constexpr (rows > 0) {
-    if (left == rows) return tile<A, rows, turned>(depth, a, lda, panel, c, ldc, add);
-    last_tile<A, rows - 1, turned>(left, depth, a, lda, panel, c, ldc, add);
-  }
-}
-
-// c[rows][padded columns] (+)= a b, b in panels `stride` elements apart; a is [rows][depth], or its
-// transpose if `turned`.
-template <bool turned = false, class A>
-static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t lda,
-                            const A* b, int64_t stride, A* c, int64_t ldc, bool add) {
-  const int64_t step = turned ? 1 : lda;
-  for (int64_t j = 0; j < columns; j += kPanel<A>, b += stride) {
-    int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows) {
-      tile<A, kTileRows, turned>(depth, a + i * step, lda, b, c + i * ldc + j, ldc, add);
-    }
-    last_tile<A, kTileRows - 1, turned>(rows - i, depth, a + i * step, lda, b, c + i * ldc + j, ldc,
-                                        add);
-  }
 }
 
 template <class A, class T>

@@ -80,8 +80,8 @@ static void run(const AttentionBackward& c, int64_t n, int64_t g, void* memory) 
       const T *const q = at<T>(c.q, n, h, first), *const grad = at<T>(c.grad, n, h, first);
       const auto q_rows = rows_of(rows, c.depth, q, c.q.row, s.q);
       const auto grad_rows = rows_of(rows, c.value_depth, grad, c.grad.row, s.grad);
-      multiply_rows(rows, seen, c.depth, q_rows, s.k_turned, s.p, width, false);
-      multiply_rows(rows, seen, c.value_depth, grad_rows, s.v_turned, s.ds, width, false);
+      multiply_rows<Kind>(rows, seen, c.depth, q_rows, s.k_turned, s.p, width, false);
+      multiply_rows<Kind>(rows, seen, c.value_depth, grad_rows, s.v_turned, s.ds, width, false);
       for (int64_t i = 0; i < rows; ++i) {
         A* const row = s.p + i * width;
         const int64_t own = c.causal && first + i + 1 < seen ? first + i + 1 : seen;
@@ -97,12 +97,13 @@ static void run(const AttentionBackward& c, int64_t n, int64_t g, void* memory) 
                              own, width);
       }
       pack_lines<Whole<A>, kPanel<A>>(c.value_depth, rows, grad, 1, c.grad.row, s.grad_panels);
-      multiply<true>(seen, c.value_depth, rows, s.p, width, s.grad_panels, rows * kPanel<A>, s.dv,
-                     values, true);
+      multiply<Whole<A>, true>(seen, c.value_depth, rows, s.p, width, s.grad_panels,
+                               rows * kPanel<A>, s.dv, values, true);
       pack_lines<Whole<A>, kPanel<A>>(c.depth, rows, q, 1, c.q.row, s.q_panels);
-      multiply<true>(seen, c.depth, rows, s.ds, width, s.q_panels, rows * kPanel<A>, s.dk, depth,
-                     true);
-      multiply(rows, c.depth, seen, s.ds, width, s.k, c.keys * kPanel<A>, s.out, depth, false);
+      multiply<Whole<A>, true>(seen, c.depth, rows, s.ds, width, s.q_panels, rows * kPanel<A>, s.dk,
+                               depth, true);
+      multiply<Whole<A>>(rows, c.depth, seen, s.ds, width, s.k, c.keys * kPanel<A>, s.out, depth,
+                         false);
       narrow(rows, c.depth, s.out, depth, const_cast<T*>(at<T>(c.dq, n, h, first)), c.dq.row);
     }
   }

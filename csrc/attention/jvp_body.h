@@ -100,7 +100,7 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
     const int64_t seen = c.causal && first + rows < last ? first + rows : last;
     const int64_t width = padded<A>(seen);
     const auto q = rows_of(rows, c.depth, at<T>(c.q, n, h, first), c.q.row, s.q);
-    multiply_rows(rows, seen, c.depth, q, s.k, s.p, width, false);
+    multiply_rows<Kind>(rows, seen, c.depth, q, s.k, s.p, width, false);
     for (int64_t i = 0; i < rows; ++i) {
       A* const row = s.p + i * width;
       const int64_t own = c.causal && first + i + 1 < seen ? first + i + 1 : seen;
@@ -113,7 +113,7 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
       if (c.lse.data) *const_cast<A*>(at<A>(c.lse, n, h, first + i)) = lse;
     }
     if (c.o.data) {
-      multiply(rows, c.value_depth, seen, s.p, width, s.v, v_panel, s.o, values, false);
+      multiply<Whole<A>>(rows, c.value_depth, seen, s.p, width, s.v, v_panel, s.o, values, false);
       narrow(rows, c.value_depth, s.o, values, const_cast<T*>(at<T>(c.o, n, h, first)), c.o.row);
     }
     for (int64_t t = 0; t < c.count; ++t) {
@@ -121,11 +121,11 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
       bool some = false;
       if (d.dq.data) {
         const auto dq = rows_of(rows, c.depth, at<T>(d.dq, n, h, first), d.dq.row, s.dq);
-        multiply_rows(rows, seen, c.depth, dq, s.k, s.ds, width, false);
+        multiply_rows<Kind>(rows, seen, c.depth, dq, s.k, s.ds, width, false);
         some = true;
       }
       if (d.dk.data) {
-        multiply_rows(rows, seen, c.depth, q, s.dk + t * s.k_size, s.ds, width, some);
+        multiply_rows<Kind>(rows, seen, c.depth, q, s.dk + t * s.k_size, s.ds, width, some);
         some = true;
       }
       if (d.dmask.data) {
@@ -144,11 +144,12 @@ static void run(const Attention& c, int64_t n, int64_t h, int64_t begin, int64_t
           prefetch<T>(d.dv, n, kv + 1, first + i, c.value_depth);
           softmax_row_jvp(s.p + i * width, d.dmask.data ? A(1) : scale, s.ds + i * width, width);
         }
-        multiply(rows, c.value_depth, seen, s.ds, width, s.v, v_panel, s.o, values, false);
+        multiply<Whole<A>>(rows, c.value_depth, seen, s.ds, width, s.v, v_panel, s.o, values,
+                           false);
       }
       if (d.dv.data) {
-        multiply(rows, c.value_depth, seen, s.p, width, s.dv + t * s.v_size, v_panel, s.o, values,
-                 some);
+        multiply<Whole<A>>(rows, c.value_depth, seen, s.p, width, s.dv + t * s.v_size, v_panel, s.o,
+                           values, some);
       }
       narrow(rows, c.value_depth, s.o, values, const_cast<T*>(at<T>(d.out, n, h, first)),
              d.out.row);

@@ -105,13 +105,6 @@ static inline Rows<A> rows_of(int64_t rows, int64_t depth, const T* x, int64_t s
   return {copy, depth};
 }
 
-// c[rows][padded columns] (+)= left right, whose panels are `depth` numbers deep.
-template <class A>
-static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Rows<A> left,
-                                 const A* right, A* c, int64_t ldc, bool add) {
-  multiply(rows, columns, depth, left.data, left.stride, right, depth * kPanel<A>, c, ldc, add);
-}
-
 #if TF_ISA == 513
 // Only rows of odd length are copied: to a zero in the last pair.
 static inline Rows<BFloat16> rows_of(int64_t rows, int64_t depth, const BFloat16* x, int64_t stride,
@@ -124,53 +117,13 @@ static inline Rows<BFloat16> rows_of(int64_t rows, int64_t depth, const BFloat16
   }
   return {to, depth + 1};
 }
-
-template <int rows>
-static inline void pair_tile(int64_t pairs, Rows<BFloat16> left, const uint32_t* panel, float* c,
-                             int64_t ldc, bool add) {
-  __m512 sums[rows][2];
-  for (int i = 0; i < rows; ++i) {
-    sums[i][0] = add ? _mm512_loadu_ps(c + i * ldc) : __m512{};
-    sums[i][1] = add ? _mm512_loadu_ps(c + i * ldc + 16) : __m512{};
-  }
-#pragma GCC unroll 4
-  for (int64_t p = 0; p < pairs; ++p) {
-    const __m512bh a = (__m512bh)_mm512_loadu_si512(panel + p * 32);
-    const __m512bh b = (__m512bh)_mm512_loadu_si512(panel + p * 32 + 16);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      int32_t pair;
-      __builtin_memcpy(&pair, left.data + i * left.stride + 2 * p, sizeof(pair));
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], x, a);
-      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], x, b);
-    }
-  }
-  for (int i = 0; i < rows; ++i) {
-    _mm512_storeu_ps(c + i * ldc, sums[i][0]);
-    _mm512_storeu_ps(c + i * ldc + 16, sums[i][1]);
-  }
-}
-
-template <int rows>
-static inline void last_pair_tile(int64_t rest, int64_t pairs, Rows<BFloat16> left,
-                                  const uint32_t* panel, float* c, int64_t ldc, bool add) {
-  if constexpr (rows > 0) {
-    if (rest == rows) return pair_tile<rows>(pairs, left, panel, c, ldc, add);
-    last_pair_tile<rows - 1>(rest, pairs, left, panel, c, ldc, add);
-  }
-}
-
-static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Rows<BFloat16> left,
-                                 const uint32_t* right, float* c, int64_t ldc, bool add) {
-  const int64_t pairs = (depth + 1) / 2;
-  for (int64_t j = 0; j < columns; j += 32, right += pairs * 32) {
-    Rows<BFloat16> from = left;
-    int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows, from.data += kTileRows * left.stride) {
-      pair_tile<kTileRows>(pairs, from, right, c + i * ldc + j, ldc, add);
-    }
-    last_pair_tile<kTileRows - 1>(rows - i, pairs, from, right, c + i * ldc + j, ldc, add);
-  }
-}
 #endif
+
+// c[rows][padded columns] (+)= left right, whose panels are `depth` numbers deep.
+template <class K, class T>
+static inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Rows<T> left,
+                                 const NumberOf<K>* right, SumOf<K>* c, int64_t ldc, bool add) {
+  const int64_t steps = (depth + K::numbers - 1) / K::numbers;
+  multiply<K>(rows, columns, steps, left.data, left.stride, right, steps * kPanel<SumOf<K>>, c, ldc,
+              add);
+}

@@ -8,7 +8,7 @@ struct Whole {
   using Number = A;
   using Sum = A;
   static constexpr int numbers = 1;
-  static inline Vec<A> add(A x, Vec<A> y, Vec<A> sum) { return madd(splat(x), y, sum); }
+  static inline Vec<A> add(const A* x, Vec<A> y, Vec<A> sum) { return madd(splat(*x), y, sum); }
   template <class T>
   static inline A step(const T* x, int64_t, int64_t) {
     return load<A>(*x);
@@ -23,8 +23,11 @@ struct Pairs {
   using Number = uint32_t;
   using Sum = float;
   static constexpr int numbers = 2;
-  static inline Vec<float> add(uint32_t x, Vec<uint32_t> y, Vec<float> sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)y);
+  template <class T>  // a pair, or the first of two numbers that lie beside each other
+  static inline Vec<float> add(const T* x, Vec<uint32_t> y, Vec<float> sum) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, sizeof(pair));
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)y);
   }
   template <class T>
   static inline uint32_t step(const T* x, int64_t along, int64_t left) {
@@ -50,30 +53,58 @@ using NumberOf = typename K::Number;
 template <class K>
 using SumOf = typename K::Sum;
 
-// sums[kTileRows][2 vectors] += left right, of `depth` steps. The processor fetches ahead within a
-// page, of which a tile of a left panel fills two: it is told of the next one here.
-template <class K>
-static inline void add_tile(int64_t depth, const NumberOf<K>* left, const NumberOf<K>* right,
-                            SumOf<K>* sums, int64_t stride) {
-  constexpr int n = Lanes<SumOf<K>>::count, ahead = 2048 / sizeof(NumberOf<K>);
-  Vec<SumOf<K>> s[kTileRows][2];
-  for (int i = 0; i < kTileRows; ++i) {
-    s[i][0] = load_vector(sums + i * stride);
-    s[i][1] = load_vector(sums + i * stride + n);
+// c[rows][2 vectors] = a panel, of `depth` steps, added to what is there if `add`. a holds `rows`
+// rows, lda apart, or, if `turned`, as many numbers of K at every step. `ahead`: what is as many
+// numbers further on is fetched.
+template <class K, int rows, bool turned, int ahead = 0, class T>
+static inline void tile(int64_t depth, const T* a, int64_t lda, const NumberOf<K>* panel,
+                        SumOf<K>* c, int64_t ldc, bool add) {
+  constexpr int n = Lanes<SumOf<K>>::count;
+  Vec<SumOf<K>> sums[rows][2];
+  for (int i = 0; i < rows; ++i) {
+    sums[i][0] = add ? load_vector(c + i * ldc) : Vec<SumOf<K>>{};
+    sums[i][1] = add ? load_vector(c + i * ldc + n) : Vec<SumOf<K>>{};
   }
 #pragma GCC unroll 4
-  for (int64_t p = 0; p < depth; ++p, left += kTileRows) {
-    __builtin_prefetch(left + ahead);
-    const auto a = load_vector(right + p * 2 * n), b = load_vector(right + p * 2 * n + n);
+  for (int64_t p = 0; p < depth; ++p) {
+    if (ahead) __builtin_prefetch(a + p * lda + ahead);
+    const auto left = load_vector(panel + p * 2 * n), right = load_vector(panel + p * 2 * n + n);
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-      s[i][0] = K::add(left[i], a, s[i][0]);
-      s[i][1] = K::add(left[i], b, s[i][1]);
+    for (int i = 0; i < rows; ++i) {
+      const T* const x = turned ? a + p * lda + i : a + i * lda + p * K::numbers;
+      sums[i][0] = K::add(x, left, sums[i][0]);
+      sums[i][1] = K::add(x, right, sums[i][1]);
     }
   }
-  for (int i = 0; i < kTileRows; ++i) {
-    store_vector(sums + i * stride, s[i][0]);
-    store_vector(sums + i * stride + n, s[i][1]);
+  for (int i = 0; i < rows; ++i) {
+    store_vector(c + i * ldc, sums[i][0]);
+    store_vector(c + i * ldc + n, sums[i][1]);
+  }
+}
+
+template <class K, int rows, bool turned, class T>
+static inline void last_tile(int64_t rest, int64_t depth, const T* a, int64_t lda,
+                             const NumberOf<K>* panel, SumOf<K>* c, int64_t ldc, bool add) {
+  if constexpr (rows > 0) {
+    if (rest == rows) return tile<K, rows, turned>(depth, a, lda, panel, c, ldc, add);
+    last_tile<K, rows - 1, turned>(rest, depth, a, lda, panel, c, ldc, add);
+  }
+}
+
+// c[rows][padded columns] (+)= a b, of `depth` steps, b in panels `stride` elements apart; a is as
+// in `tile`.
+template <class K, bool turned = false, class T>
+static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda,
+                            const NumberOf<K>* b, int64_t stride, SumOf<K>* c, int64_t ldc,
+                            bool add) {
+  const int64_t step = turned ? 1 : lda;
+  for (int64_t j = 0; j < columns; j += kPanel<SumOf<K>>, b += stride) {
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows) {
+      tile<K, kTileRows, turned>(depth, a + i * step, lda, b, c + i * ldc + j, ldc, add);
+    }
+    last_tile<K, kTileRows - 1, turned>(rows - i, depth, a + i * step, lda, b, c + i * ldc + j, ldc,
+                                        add);
   }
 }
 
