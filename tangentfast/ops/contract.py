@@ -123,12 +123,12 @@ class Op:
 
     def candidates(
         self, device: torch.device, backend: str | None, *call: Any
-    ) -> Sequence[Provider]:
+    ) -> tuple[Provider, ...]:
         """The providers that take a call, the default first; never empty."""
         named, order = self.order(device, backend)
         if len(order) > 1 and not named and self.small(*call):
             return (self.reference,)
-        return [p for p in order if not p.supports(*call)] or (self.reference,)
+        return tuple(p for p in order if not p.supports(*call)) or (self.reference,)
 
     def provider(self, device: torch.device, backend: str | None, *call: Any) -> Provider:
         """The first of those: for an op whose ways need no measurement."""

@@ -105,6 +105,13 @@ def test_other_calls(backend: str) -> None:
     assert y.dtype == dy.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
+def test_the_reference_has_torchs_own_graph() -> None:
+    x, w = draw(32, 160).requires_grad_(), draw(160, 160).requires_grad_()
+    y, (dy,) = linear_jvp(x, w, None, [LinearTangent(x, w)], backend="reference")
+    assert type(y.grad_fn) is type(F.linear(x, w).view(y.shape).grad_fn)
+    assert not dy.requires_grad  # type: ignore[union-attr]
+
+
 @native_only
 def test_second_derivative() -> None:
     """The native op's gradient can be differentiated once more."""

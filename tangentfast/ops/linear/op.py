@@ -26,6 +26,7 @@ from tangentfast.ops.contract import (
     define,
     define_triton,
     in_places,
+    kernel_dtypes,
     plain,
     with_vjp,
 )  # fmt: skip
@@ -70,7 +71,7 @@ def linear_jvp(
         y [..., E], with its ordinary graph, and K tangents of y, without one.
     """
     narrow = narrow and x.dtype == torch.float32
-    candidates: Sequence[Provider] = (LINEAR.reference,)
+    candidates: tuple[Provider, ...] = (LINEAR.reference,)
     if not _irregular(x, weight, bias):
         candidates = LINEAR.candidates(x.device, backend, x, weight, narrow)
     # A dbias alone is dy, with nothing to compute.
@@ -97,13 +98,13 @@ def _irregular(x: Tensor, weight: Tensor, bias: Tensor | None) -> Reason:
     if weight.dim() != 2 or x.dim() == 0 or not x.numel() or not weight.numel():
         return "no matrices, or empty ones"
     dtype = x.dtype
-    if weight.dtype != dtype or not dtype.is_floating_point:
+    if weight.dtype != dtype:
         return f"a weight of {weight.dtype} for {dtype}"
     if bias is not None and (bias.dtype != dtype or bias.dim() != 1):
         return f"a bias of {bias.dtype} with {bias.dim()} dimensions"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast changes types inside"
-    return plain(x, weight, bias)
+    return kernel_dtypes(x) or plain(x, weight, bias)
 
 
 def _run(
@@ -130,6 +131,8 @@ def _vjp(
     backend: str | None, needs: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias."""
+    names = wanted(backend)[1]  # of which Triton has no kernel of these
+    backend = None if not names else "native" if "native" in names else "reference"
     g = grad.reshape(-1, grad.shape[-1])
     return (
         _product(backend, g, weight, 0).view(*grad.shape[:-1], -1) if needs[0] else None,
@@ -140,13 +143,9 @@ def _vjp(
 
 def _product(backend: str | None, a: Tensor, b: Tensor, rows: int) -> Tensor:
     """a b, of which dimension `rows` of a is as long as a batch has rows."""
-    result: Tensor
     if torch.is_grad_enabled():  # for a second derivative
-        result = a @ b
-        return result
-    names = wanted(backend)[1]
-    allowed = None if not names else "native" if "native" in names else "reference"
-    candidates = GRADIENT.candidates(a.device, allowed, a, b)
+        return a @ b
+    candidates = GRADIENT.candidates(a.device, backend, a, b)
 
     def some(provider: Provider) -> Any:
         if rows == 0:
@@ -154,7 +153,7 @@ def _product(backend: str | None, a: Tensor, b: Tensor, rows: int) -> Tensor:
         return provider.run(a[:, :MEASURED], b[:MEASURED])
 
     key = (a.dtype, rows, a.shape[rows].bit_length(), a.shape[1 - rows], b.shape[1])
-    result = GRADIENT.choice(key, a.device, candidates, some).run(a, b)
+    result: Tensor = GRADIENT.choice(key, a.device, candidates, some).run(a, b)
     return result
 
 
