@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -154,23 +153,21 @@ def _self_attention(
 def _mask(
     qkv: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor | None, bool]:
-    """What is added to the scores [N, H, T, T], and whether they are causal, as torch decides."""
+    """The mask of the scores [N, H, T, T] in the sense of `attention_jvp`, and whether they are
+    causal, as torch decides.
+    """
     if is_causal and key_padding_mask is None:
         return None, True
     n, t, _, h, _ = qkv.shape
-
-    def added(mask: Tensor) -> Tensor:
-        if mask.dtype != torch.bool:
-            return mask
-        return torch.zeros_like(mask, dtype=qkv.dtype).masked_fill_(mask, -math.inf)
-
-    mask = None
+    masks = []
     if attn_mask is not None:
-        mask = added(attn_mask).reshape(-1, h if attn_mask.dim() == 3 else 1, t, t)
+        masks.append(attn_mask.reshape(-1, h if attn_mask.dim() == 3 else 1, t, t))
     if key_padding_mask is not None:
-        hidden = added(key_padding_mask).reshape(n, 1, 1, t)
-        mask = hidden if mask is None else mask + hidden
-    return mask, False
+        masks.append(key_padding_mask.reshape(n, 1, 1, t))
+    if not masks:
+        return None, False
+    mask = masks[0] + masks[-1] if len(masks) == 2 else masks[0]  # of one type
+    return ~mask if mask.dtype == torch.bool else mask, False
 
 
 _PARAMETERS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
